@@ -1,0 +1,220 @@
+"""One frozen tree of options, made once. Defaults live here and nowhere else.
+
+A leaf's name is unique in the whole tree, so that it is also the keyword of `LLM(...)`, the flag
+(`--block-size`), the environment variable (`MOE_SERVE_BLOCK_SIZE`) and the key of a TOML file.
+Precedence: keyword or flag, environment, file, default. Names of alternatives (a scheduling policy)
+are checked where they are resolved, not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from moe_serve.errors import ConfigError, nearest
+
+ENVIRONMENT_PREFIX = "MOE_SERVE_"
+EMBEDDED_MODEL = "demo-moe"
+
+
+def _at_least(name: str, value: int | float | None, low: int | float) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{name} is {value}; it must be at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVConfig:
+    """Where keys and values live."""
+
+    block_size: int = field(default=16, metadata={"help": "Tokens in one KV block, 1 to 64."})
+    num_kv_blocks: int | None = field(
+        default=None, metadata={"help": "KV blocks; default: what kv_cache_gb holds."}
+    )
+    kv_cache_gb: float | None = field(
+        default=None, metadata={"help": "Memory for KV, GiB; default: enough for max_num_seqs, bounded."}
+    )
+    enable_prefix_caching: bool = field(
+        default=True, metadata={"help": "Keep blocks of finished requests for prompts that begin alike."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.block_size <= 64:
+            raise ConfigError(f"block_size is {self.block_size}; it must be from 1 to 64")
+        _at_least("num_kv_blocks", self.num_kv_blocks, 1)
+        if self.kv_cache_gb is not None and self.kv_cache_gb <= 0:
+            raise ConfigError(f"kv_cache_gb is {self.kv_cache_gb}; it must be above 0")
+        if self.num_kv_blocks is not None and self.kv_cache_gb is not None:
+            raise ConfigError("num_kv_blocks and kv_cache_gb both set the KV memory; give one")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """What may run in one step."""
+
+    max_num_seqs: int = field(default=256, metadata={"help": "Sequences that run at once."})
+    max_num_batched_tokens: int = field(
+        default=2048, metadata={"help": "Tokens in one step: decodes, then prompt chunks."}
+    )
+    max_prefill_chunk: int | None = field(
+        default=None, metadata={"help": "Prompt tokens of one request in one step; default: the budget."}
+    )
+    scheduling_policy: str = field(
+        default="fcfs", metadata={"help": "A file in engine/policies.", "package": "moe_serve.engine.policies"}
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("max_num_seqs", self.max_num_seqs, 1)
+        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _at_least("max_prefill_chunk", self.max_prefill_chunk, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which weights, and how they are held."""
+
+    model: str = field(default=EMBEDDED_MODEL, metadata={"help": "A folder, a hub name, or demo-moe."})
+    tokenizer: str | None = field(default=None, metadata={"help": "A folder; default: the model's."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub name."})
+    dtype: str = field(
+        default="auto", metadata={"help": "auto, bfloat16, float32.", "choices": ("auto", "bfloat16", "float32")}
+    )
+    load_format: str = field(
+        default="safetensors",
+        metadata={"help": "safetensors, or dummy: random weights from the config alone.",
+                  "choices": ("safetensors", "dummy")},
+    )
+    max_model_len: int | None = field(
+        default=None, metadata={"help": "Longest prompt + output; default: the model's own."}
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("max_model_len", self.max_model_len, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeConfig:
+    """What computes."""
+
+    kernels: str = field(
+        default="auto", metadata={"help": "auto, reference.", "choices": ("auto", "reference")}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; default: torch's choice."})
+    seed: int = field(default=0, metadata={"help": "Base of the seeds of requests that bring none."})
+
+    def __post_init__(self) -> None:
+        _at_least("threads", self.threads, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """All options of one engine."""
+
+    weights: ModelConfig = field(default_factory=ModelConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Build from leaf names and values; an unknown name or a wrong type is a ConfigError."""
+        leaves = {leaf.name: leaf for leaf in option_fields()}
+        branches: dict[str, dict[str, Any]] = {}
+        for name, value in options.items():
+            if name not in leaves:
+                raise ConfigError(f"no option {name!r}{nearest(name, leaves)}")
+            leaf = leaves[name]
+            _check_type(leaf, value)
+            branches.setdefault(leaf.branch, {})[name] = value
+        hints = typing.get_type_hints(cls)
+        return cls(**{branch: hints[branch](**values) for branch, values in branches.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class OptionField:
+    """One leaf of the tree: where it sits, its type without None, and what the help says."""
+
+    branch: str
+    name: str
+    kind: type
+    is_optional: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    package: str | None
+
+
+def option_fields() -> Iterator[OptionField]:
+    """Yield every leaf of `EngineConfig`, in the order of its definition."""
+    for branch, branch_type in typing.get_type_hints(EngineConfig).items():
+        hints = typing.get_type_hints(branch_type)
+        for leaf in dataclasses.fields(branch_type):
+            hint = hints[leaf.name]
+            is_optional = isinstance(hint, types.UnionType)
+            kind = next(a for a in typing.get_args(hint) if a is not type(None)) if is_optional else hint
+            meta = leaf.metadata
+            yield OptionField(
+                branch, leaf.name, kind, is_optional, leaf.default, meta["help"],
+                tuple(meta.get("choices", ())), meta.get("package"),
+            )
+
+
+def _check_type(leaf: OptionField, value: object) -> None:
+    if value is None and leaf.is_optional:
+        return
+    accepted = (int, float) if leaf.kind is float else leaf.kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and leaf.kind is not bool):
+        raise ConfigError(f"{leaf.name} is {value!r}; it must be of type {leaf.kind.__name__}")
+    if leaf.choices and value not in leaf.choices:
+        raise ConfigError(
+            f"{leaf.name} is {value!r}{nearest(str(value), leaf.choices)} (there are: {', '.join(leaf.choices)})"
+        )
+
+
+def resolve_options(
+    flags: Mapping[str, Any], environ: Mapping[str, str] | None = None, file: str | Path | None = None
+) -> dict[str, Any]:
+    """Merge the sources of options, the first that has one winning: flags, environment, TOML file.
+
+    A flag that is None was not given. An environment variable with our prefix, or a key of the
+    file, that names no option is an error.
+    """
+    leaves = {leaf.name: leaf for leaf in option_fields()}
+    merged: dict[str, Any] = {}
+    if file is not None:
+        merged.update(_read_toml(Path(file)))
+    for variable, text in (os.environ if environ is None else environ).items():
+        if variable.startswith(ENVIRONMENT_PREFIX):
+            name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            if name not in leaves:
+                raise ConfigError(f"environment {variable}: no such option{nearest(name, leaves)}")
+            merged[name] = _parse(leaves[name], variable, text)
+    merged.update({name: value for name, value in flags.items() if value is not None})
+    return merged
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+
+
+def _parse(leaf: OptionField, source: str, text: str) -> Any:
+    if leaf.kind is bool:
+        words = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+        if text.lower() not in words:
+            raise ConfigError(f"{source} is {text!r}; use 1 or 0")
+        return words[text.lower()]
+    try:
+        return leaf.kind(text)
+    except ValueError as error:
+        raise ConfigError(f"{source} is {text!r}; it must be of type {leaf.kind.__name__}") from error

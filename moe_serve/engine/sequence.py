@@ -1,0 +1,103 @@
+"""What scheduler, runner and sampler say to each other: sequences, one step's work, its result.
+
+A request with n outputs is n sequences; until its prompt is computed only the first exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_serve.types import FinishReason, Request, TokenLogprobs
+
+SequenceState = Literal["waiting", "running", "finished"]
+
+
+class Sequence:
+    """One output of a request: its tokens, and how far its cache is.
+
+    token_ids: prompt and output in one list. num_computed_tokens: how many of them have their keys
+    and values in the cache. row: its row in the block tables of `KVCacheManager` while it runs,
+    else -1. `seed` is the base of its noise; all of its sampling is a function of the request,
+    the index and the tokens before.
+    """
+
+    __slots__ = (
+        "finish_reason",
+        "index",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "prompt_logprobs",
+        "request",
+        "row",
+        "seed",
+        "state",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, index: int = 0) -> None:
+        self.request = request
+        self.index = index
+        self.seed = request.seed + index
+        self.token_ids: list[int] = list(request.prompt_ids)
+        self.num_prompt_tokens = len(request.prompt_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.row = -1
+        self.state: SequenceState = "waiting"
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """One step's work, complete when made.
+
+    sequences: who runs, decodes (one token, after which a new one is sampled) first, then prompt
+        chunks; a preempted sequence that is computed again counts as a prompt.
+    query_lens: how many tokens of each run: token_ids[num_computed : num_computed + query_len].
+    sample_sources: indices into `sequences` after whose last token one is sampled; an index repeats
+        when a prompt that just ended forks into n outputs.
+    sampled: the sequence that receives each of those tokens (for forks: outputs 0 .. n-1).
+    block_copies: per cache group, (source, destination) block ids to be copied before the forward
+        pass: copy on write.
+    """
+
+    step: int
+    sequences: list[Sequence]
+    query_lens: list[int]
+    sample_sources: list[int]
+    sampled: list[Sequence]
+    block_copies: tuple[list[tuple[int, int]], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerOutput:
+    """What a step's forward pass gave.
+
+    token_ids: one per entry of `ScheduledStep.sampled`. logprobs: likewise, or None when nobody
+        asked; an entry is None where its request did not. errors: why a sampled row failed (a NaN
+        in its logits), by its index; its token id means nothing.
+    prompt_logprobs: for the indices into `sequences` whose requests ask for them: the logprobs of
+        the prompt tokens *after* each token that ran (the last prompt token has none after it).
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
+    errors: dict[int, str] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)

@@ -1,0 +1,56 @@
+"""What can go wrong, as the caller sees it.
+
+    MoeServeError
+    +-- ConfigError(ValueError)     an option or a flag that cannot be; exit code 2
+    +-- RequestError(ValueError)    a request that cannot be served as it stands; exit code 2
+    |   +-- CapacityError           it, or the model, asks for more than there is; exit code 2
+    +-- CheckpointError             a model folder that is missing, broken or of an unknown kind; exit code 3
+    +-- CommError                   ranks that disagree or do not answer; exit code 3
+
+Every message names the value seen, the limit, and the way out. Our own mistakes are assertions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoeServeError(Exception):
+    """The root of all errors that a caller may want to catch."""
+
+    exit_code = 1
+
+
+class ConfigError(MoeServeError, ValueError):
+    """An option that does not exist, or a value that it cannot have."""
+
+    exit_code = 2
+
+
+class RequestError(MoeServeError, ValueError):
+    """A request that cannot be served as it stands."""
+
+    exit_code = 2
+
+
+class CapacityError(RequestError):
+    """More was asked for than this engine can ever hold."""
+
+
+class CheckpointError(MoeServeError):
+    """A model folder that is missing, incomplete, inconsistent or of an unknown kind."""
+
+    exit_code = 3
+
+
+class CommError(MoeServeError):
+    """Ranks that disagree, or one that does not answer."""
+
+    exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the known name nearest to `name`, or "" if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

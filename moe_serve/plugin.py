@@ -1,0 +1,27 @@
+"""Folders of alternatives: one file each, and the file's name is the flag's value."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from moe_serve.errors import ConfigError, nearest
+
+
+def names(package: str) -> tuple[str, ...]:
+    """List the alternatives in `package`, sorted: its modules but `base` and those that begin with "_"."""
+    path = importlib.import_module(package).__path__
+    found = (module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
+    return tuple(sorted(name for name in found if name != "base" and not name.startswith("_")))
+
+
+def load(package: str, name: str) -> ModuleType:
+    """Import `package`.`name`; an unknown name is an error that lists the known ones."""
+    known = names(package)
+    if name not in known:
+        kind = package.rpartition(".")[2]
+        raise ConfigError(
+            f"{kind}: there is no {name!r}{nearest(name, known)} (there are: {', '.join(known)})"
+        )
+    return importlib.import_module(f"{package}.{name}")
