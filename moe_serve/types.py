@@ -236,6 +236,33 @@ class Routing:
     weights: Tensor
 
 
+RouterScore = Literal["softmax", "sigmoid", "softmax_after_top_k", "sqrt_softplus"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterRecipe:
+    """How a token chooses its experts, and what each then weighs.
+
+    score: the function of the router's logits; "softmax_after_top_k" chooses by logit and then
+        takes the softmax over the chosen. has_selection_bias: a learned bias is added to the score
+        for the choice, not for the weight (DeepSeek-V3, arXiv 2412.19437, 2.1.2).
+    num_groups, top_k_groups: only experts of the best groups may be chosen; a group's rank is the
+        sum of its `group_score_top` best scores (2: DeepSeek-V3; 1: DeepSeek-V2).
+    renormalise: divide the chosen weights by their sum (+ `renormalise_eps`); then times `scale`.
+    """
+
+    num_experts: int
+    top_k: int
+    score: RouterScore = "softmax"
+    has_selection_bias: bool = False
+    num_groups: int = 1
+    top_k_groups: int = 1
+    group_score_top: int = 2
+    renormalise: bool = False
+    renormalise_eps: float = 0.0
+    scale: float = 1.0
+
+
 CacheKind = Literal["full", "sliding", "mla_latent", "recurrent"]
 
 

@@ -6,37 +6,11 @@ Each `models/<model_type>.py` turns a Hugging Face config into a `ModelSpec`. No
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from moe_serve.types import CacheGroup
-
-Score = Literal["softmax", "sigmoid", "softmax_after_top_k", "sqrt_softplus"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouterRecipe:
-    """How a token chooses its experts, and what each then weighs.
-
-    score: the function of the router's logits; "softmax_after_top_k" chooses by logit and then
-        takes the softmax over the chosen. has_selection_bias: a learned bias is added to the score
-        for the choice, not for the weight (DeepSeek-V3, arXiv 2412.19437, 2.1.2).
-    num_groups, top_k_groups: only experts of the best groups may be chosen; a group's rank is the
-        sum of its `group_score_top` best scores (2: DeepSeek-V3; 1: DeepSeek-V2).
-    renormalise: divide the chosen weights by their sum (+ `renormalise_eps`); then times `scale`.
-    """
-
-    num_experts: int
-    top_k: int
-    score: Score = "softmax"
-    has_selection_bias: bool = False
-    num_groups: int = 1
-    top_k_groups: int = 1
-    group_score_top: int = 2
-    renormalise: bool = False
-    renormalise_eps: float = 0.0
-    scale: float = 1.0
-
+from moe_serve.layers.rope import RopeSpec
+from moe_serve.types import CacheGroup, RouterRecipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeSpec:
@@ -46,18 +20,6 @@ class MoeSpec:
     intermediate_size: int
     shared_intermediate_size: int = 0
     has_shared_gate: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RopeSpec:
-    """Rotary embedding: inverse frequencies are fixed at build from these.
-
-    kind "default", "linear", "llama3", "yarn" or "dynamic" as in Hugging Face's rope_parameters; `options` holds its numbers.
-    """
-
-    theta: float
-    kind: str = "default"
-    options: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +43,7 @@ class LayerSpec:
     window: int | None = None
     moe: MoeSpec | None = None
     mlp_intermediate_size: int = 0
+    has_mlp_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)

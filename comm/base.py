@@ -1,0 +1,57 @@
+"""The seam between routing and experts: what a dispatcher takes, gives, and remembers.
+
+A dispatcher knows bytes and ranks, not models: `comm/local.py` is the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from moe_serve.types import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Inbox:
+    """What this rank must compute.
+
+    rows: [num_received, hidden_size]. row_of_pair: int64 [num_pairs], the row of each (token,
+    expert) pair, pairs sorted by local expert; counts: pairs of each local expert. returns: "rows",
+    one result per pair, or "sums", one per row, already weighted by `weights` (float32 [num_pairs],
+    else None).
+    """
+
+    rows: Tensor
+    row_of_pair: Tensor
+    counts: list[int]
+    weights: Tensor | None = None
+    returns: Literal["rows", "sums"] = "rows"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What `combine` needs to undo a dispatch: where each token's choices are, and their weights.
+
+    pair_of_choice: int64 [num_tokens, top_k]; weights: float32 [num_tokens, top_k].
+    """
+
+    pair_of_choice: Tensor
+    weights: Tensor
+
+
+class Dispatcher(Protocol):
+    """Carry tokens to their experts and the results back. Collective where there are ranks."""
+
+    def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> tuple[Inbox, Receipt]:
+        """Send each token, a row of `hidden` [num_tokens, hidden_size], to its experts."""
+        ...
+
+    def combine(self, outbox: Tensor, receipt: Receipt, shared: Tensor | None) -> Tensor:
+        """Return each token's weighted sum, [num_tokens, hidden_size].
+
+        outbox: [num_pairs, hidden_size] in the inbox's order; shared: float32, the shared expert's
+        part, added last before the one rounding.
+        """
+        ...

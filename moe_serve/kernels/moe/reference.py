@@ -1,0 +1,67 @@
+"""Expert MLPs over rows sorted by expert, in plain torch.
+
+Rounding points: gate and up, to the model's dtype; their product silu(gate) * up, computed in
+float32, to the same; the down projection, to the same. The rows come out unweighted, so that what
+is later summed is what could have travelled between ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_serve.kernels.linear.reference import padded_rows
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up for rows that hold gate and up side by side, [..., 2 * size]."""
+    size = gate_up.shape[-1] // 2
+    wide = gate_up.float()
+    gate, up = wide[..., :size], wide[..., size:]
+    # F.silu's vector body and scalar tail differ in the last bit: a row's place would show
+    return (gate / (1.0 + torch.exp(-gate)) * up).to(gate_up.dtype)
+
+
+def moe(
+    hidden: Tensor, row_of_pair: Tensor, counts: list[int], gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Run each expert on its rows.
+
+    hidden: [num_rows, hidden_size]. row_of_pair: int64 [num_pairs], the row of each (token, expert)
+    pair, pairs sorted by expert; counts: pairs of each expert. gate_up: [num_experts,
+    2 * intermediate_size, hidden_size]; down: [num_experts, hidden_size, intermediate_size].
+    Returns [num_pairs, hidden_size], in the order of the pairs.
+    """
+    active = [(expert, count) for expert, count in enumerate(counts) if count]
+    sizes = [max(padded_rows(n, gate_up[0]), padded_rows(n, down[0])) for _, n in active]
+    is_padded = any(size != count for size, (_, count) in zip(sizes, active, strict=True))
+    place = _places(active, sizes, row_of_pair.device) if is_padded else None
+    total = sum(sizes)
+    if place is None:
+        rows = hidden[row_of_pair]
+    else:
+        padded = row_of_pair.new_zeros(total)
+        padded[place] = row_of_pair
+        rows = hidden[padded]
+    both = rows.new_empty(total, gate_up.shape[1])
+    start = 0
+    for (expert, _), size in zip(active, sizes, strict=True):
+        torch.mm(rows[start : start + size], gate_up[expert].t(), out=both[start : start + size])
+        start += size
+    inner = silu_and_mul(both)  # [total, intermediate_size]
+    out = rows  # not needed any more: the same size
+    start = 0
+    for (expert, _), size in zip(active, sizes, strict=True):
+        torch.mm(inner[start : start + size], down[expert].t(), out=out[start : start + size])
+        start += size
+    return out if place is None else out[place]
+
+
+def _places(active: list[tuple[int, int]], sizes: list[int], device: torch.device) -> Tensor:
+    """Return where each pair stands once every expert's rows are padded, int64 [num_pairs]."""
+    places = []
+    start = 0
+    for (_, count), size in zip(active, sizes, strict=True):
+        places.append(torch.arange(start, start + count, device=device))
+        start += size
+    return torch.cat(places)

@@ -1,0 +1,68 @@
+"""From a router's logits to experts and weights, by recipe, in plain torch and float32.
+
+Equal scores go to the lower expert id. Experts come out heaviest first, which is the order in which
+`combine` adds them up.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_serve.types import RouterRecipe, Routing
+
+
+def sigmoid(values: Tensor) -> Tensor:
+    # torch.sigmoid's vector body and scalar tail differ in the last bit: a row's place would show
+    return 1.0 / (1.0 + torch.exp(-values))
+
+
+def scores_of(logits: Tensor, recipe: RouterRecipe) -> Tensor:
+    """Return the score that weighs each expert, float32 [num_tokens, num_experts]."""
+    match recipe.score:
+        case "softmax":
+            return torch.softmax(logits, dim=-1)
+        case "sigmoid":
+            return sigmoid(logits)
+        case "sqrt_softplus":
+            # log(1 + e^x) without overflow
+            softplus = logits.clamp_min(0) + torch.log(1.0 + torch.exp(-logits.abs()))
+            return torch.sqrt(softplus)
+        case "softmax_after_top_k":
+            return logits
+
+
+def route(logits: Tensor, recipe: RouterRecipe, selection_bias: Tensor | None = None) -> Routing:
+    """Choose and weigh each token's experts.
+
+    logits: float32 [num_tokens, num_experts]; selection_bias: float32 [num_experts], only for the
+    choice. Groups and bias as in DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
+    """
+    scores = scores_of(logits, recipe)
+    choice = scores if selection_bias is None else scores + selection_bias
+    if recipe.top_k_groups < recipe.num_groups:
+        choice = _mask_groups(choice, recipe)
+    ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, : recipe.top_k]
+    weights = scores.gather(1, ids)
+    if recipe.score == "softmax_after_top_k":
+        weights = torch.softmax(weights, dim=-1)
+    if choice is not scores:
+        # a bias may choose in another order than the weights have
+        weights, order = torch.sort(weights, dim=-1, descending=True, stable=True)
+        ids = ids.gather(1, order)
+    if recipe.renormalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + recipe.renormalise_eps)
+    if recipe.scale != 1.0:
+        weights = weights * recipe.scale
+    return Routing(ids, weights)
+
+
+def _mask_groups(choice: Tensor, recipe: RouterRecipe) -> Tensor:
+    """Set the choice of all experts outside the best groups to -inf."""
+    grouped = choice.view(-1, recipe.num_groups, recipe.num_experts // recipe.num_groups)
+    top = torch.sort(grouped, dim=-1, descending=True).values[..., : recipe.group_score_top]
+    group_scores = top.sum(-1)  # [num_tokens, num_groups]
+    best = torch.sort(group_scores, dim=-1, descending=True, stable=True).indices
+    is_kept = F.one_hot(best[:, : recipe.top_k_groups], recipe.num_groups).sum(1).bool()
+    return grouped.masked_fill(~is_kept.unsqueeze(-1), float("-inf")).view_as(choice)

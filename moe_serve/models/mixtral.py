@@ -1,0 +1,25 @@
+"""Mixtral (8x7B, 8x22B): Mistral's attention, two of eight experts, weights renormalised."""
+
+from __future__ import annotations
+
+from moe_serve.models import base
+from moe_serve.models.hf_config import HFConfig
+from moe_serve.models.spec import ModelSpec, MoeSpec
+
+_NAMES = base.MoeNames(
+    router="block_sparse_moe.gate.weight",
+    experts="block_sparse_moe.experts",
+    gate="w1",
+    up="w3",
+    down="w2",
+)
+
+
+def build(config: HFConfig) -> ModelSpec:
+    """Return the spec of a config.json of this type."""
+    moe = MoeSpec(
+        router=base.recipe(config, renormalise=True),
+        intermediate_size=config.integer("intermediate_size", low=1, high=2**24),
+    )
+    layers = base.sparse_layers(config, base.windows_everywhere(config), moe)
+    return base.decoder(config, "mixtral", base.attention(config, default_theta=1e6), layers, _NAMES)
