@@ -20,6 +20,8 @@ from moe_serve.types import RouterRecipe
 
 _MAX_SIZE = 2**24
 _MAX_LAYERS = 4096
+# experts of all layers together: each is a few lines of a plan, made before anything is read
+_MAX_EXPERTS = 2**19
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,14 +54,16 @@ def attention(
     num_kv_heads = config.integer("num_key_value_heads", low=1, high=2**16, default=num_heads)
     if num_heads % num_kv_heads:
         raise config.error(
-            "num_key_value_heads", f"is {num_kv_heads}; num_attention_heads {num_heads} must be a multiple"
+            "num_key_value_heads",
+            f"is {num_kv_heads}; num_attention_heads {num_heads} must be a multiple",
         )
     hidden_size = config.integer("hidden_size", low=1, high=_MAX_SIZE)
     head_dim = config.optional_integer("head_dim", low=2, high=2**12)
     if head_dim is None:
         if hidden_size % num_heads:
             raise config.error(
-                "hidden_size", f"is {hidden_size}, no multiple of num_attention_heads {num_heads}, and there is no head_dim"
+                "hidden_size",
+                f"is {hidden_size}, no multiple of num_attention_heads {num_heads}, and there is no head_dim",
             )
         head_dim = hidden_size // num_heads
     if head_dim % 2:
@@ -91,7 +95,9 @@ def windows(config: HFConfig, is_sliding: Callable[[int], bool]) -> tuple[int | 
     else:
         slides = [kind == "sliding_attention" for kind in kinds]
     if any(slides) and not window:
-        raise config.error("sliding_window", "is not set, but there are layers with sliding attention")
+        raise config.error(
+            "sliding_window", "is not set, but there are layers with sliding attention"
+        )
     return tuple(window if slide else None for slide in slides)
 
 
@@ -126,7 +132,14 @@ def recipe(config: HFConfig, *, renormalise: bool) -> RouterRecipe:
     num_experts = config.integer("num_experts", "num_local_experts", low=1, high=2**16)
     top_k = config.integer("num_experts_per_tok", low=1, high=2**16)
     if top_k > num_experts:
-        raise config.error("num_experts_per_tok", f"is {top_k}, but there are {num_experts} experts")
+        raise config.error(
+            "num_experts_per_tok", f"is {top_k}, but there are {num_experts} experts"
+        )
+    if num_experts * num_layers(config) > _MAX_EXPERTS:
+        raise config.error(
+            "num_experts",
+            f"is {num_experts} in {num_layers(config)} layers; at most {_MAX_EXPERTS} together",
+        )
     return RouterRecipe(num_experts=num_experts, top_k=top_k, renormalise=renormalise)
 
 
@@ -275,7 +288,10 @@ def _moe_weights(layer: int, moe: MoeSpec, names: MoeNames, hidden_size: int) ->
     ]
     if moe.shared_intermediate_size:
         weights += _mlp_weights(
-            f"{ours}.shared", f"{theirs}.mlp.shared_expert", moe.shared_intermediate_size, hidden_size
+            f"{ours}.shared",
+            f"{theirs}.mlp.shared_expert",
+            moe.shared_intermediate_size,
+            hidden_size,
         )
     if moe.has_shared_gate:
         weights.append(

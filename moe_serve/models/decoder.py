@@ -195,6 +195,8 @@ class Decoder:
             num_slots = (num_blocks[self._group_of_layer[index]] + 1) * block_size
             shape = (num_slots, spec.num_kv_heads, spec.head_dim)
             caches.append(
-                LayerCache(torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype))
+                LayerCache(
+                    torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
+                )
             )
         return caches

@@ -22,4 +22,6 @@ def build(config: HFConfig) -> ModelSpec:
         intermediate_size=config.integer("intermediate_size", low=1, high=2**24),
     )
     layers = base.sparse_layers(config, base.windows_everywhere(config), moe)
-    return base.decoder(config, "mixtral", base.attention(config, default_theta=1e6), layers, _NAMES)
+    return base.decoder(
+        config, "mixtral", base.attention(config, default_theta=1e6), layers, _NAMES
+    )

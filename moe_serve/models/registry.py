@@ -10,7 +10,17 @@ from moe_serve.models.spec import ModelSpec
 _PACKAGE = "moe_serve.models"
 # what is in this folder and is no model
 _MACHINERY = frozenset(
-    {"checkpoint", "decoder", "hf_config", "registry", "safetensors_file", "spec", "strict_json"}
+    {
+        "checkpoint",
+        "checkpoint_folder",
+        "decoder",
+        "dummy",
+        "hf_config",
+        "registry",
+        "safetensors_file",
+        "spec",
+        "strict_json",
+    }
 )
 
 

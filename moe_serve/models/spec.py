@@ -12,6 +12,7 @@ from typing import Literal
 from moe_serve.layers.rope import RopeSpec
 from moe_serve.types import CacheGroup, RouterRecipe
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeSpec:
     """A layer's experts. shared_intermediate_size 0: no shared expert."""
