@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from moe_serve.kernels.paged_attention import reference as attention_reference
 from moe_serve.kernels.rms_norm import reference as norm_reference
 from moe_serve.kernels.rope import reference as rope_reference
 from moe_serve.kernels.router import reference as router_reference
+from moe_serve.kernels.sampling import reference as sampling_reference
 from moe_serve.types import Routing
 
 
@@ -41,6 +43,7 @@ class Kernels:
     moe: Callable[..., Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
     combine: Callable[..., Tensor]
+    sampling: ModuleType
 
 
 def load(name: str) -> Kernels:
@@ -61,6 +64,7 @@ def load(name: str) -> Kernels:
         moe=moe_reference.moe,
         silu_and_mul=moe_reference.silu_and_mul,
         combine=combine_reference.combine,
+        sampling=sampling_reference,
     )
 
 

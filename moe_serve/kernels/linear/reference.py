@@ -17,6 +17,8 @@ from torch import Tensor
 
 # below this many multiply-adds torch leaves bfloat16 to a loop of its own, with other bits
 _SMALL_PRODUCT = 16**3
+# with fewer outputs the libraries take matrix-vector code, whose bits show how rows are split
+_NARROW = 8
 
 
 def padded_rows(num_rows: int, weight: Tensor) -> int:
@@ -43,6 +45,10 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows: [num_rows, in_features]; weight: `pack` of [out_features, in_features]; bias:
     [out_features]. Returns [num_rows, out_features], in the dtype of the rows.
     """
+    if weight.shape[0] < _NARROW:
+        products = rows.float().unsqueeze(1) * weight.float()  # [num_rows, out, in]
+        out = products.sum(-1).to(rows.dtype)
+        return out if bias is None else out + bias
     num_rows = rows.shape[0]
     wanted = padded_rows(num_rows, weight)
     if wanted != num_rows:

@@ -209,9 +209,7 @@ def _attend(
     scores = scores.view(num_seqs, num_kv_heads, pieces, wanted, PIECE)
     # [num_seqs, 1, pieces, count, 1, 64] beside [num_seqs, num_kv_heads, pieces, count, group, 64]
     hidden = tile.is_hidden.view(num_seqs, 1, count, 1, pieces, PIECE).permute(0, 1, 4, 2, 3, 5)
-    visible = scores[:, :, :, :num_rows].view(
-        num_seqs, num_kv_heads, pieces, count, group, PIECE
-    )
+    visible = scores[:, :, :, :num_rows].view(num_seqs, num_kv_heads, pieces, count, group, PIECE)
     visible.masked_fill_(hidden, float("-inf"))
     highest = scores.amax(-1, keepdim=True).clamp_min_(_UNSEEN)  # m_p
     scores -= highest

@@ -1,0 +1,290 @@
+"""From logits to tokens: reads what each sequence asks for, and calls the sampling kernels.
+
+It keeps no state: a token is a function of the sequence's request, index and tokens, and of its row
+of logits. The order of operations is vLLM's: raw logprobs; allowed_token_ids, bad words and
+min_tokens; logit_bias; repetition, frequency and presence penalties; the greedy choice, or
+temperature, min_p, top_k, top_p and the noise. A row pays only for what its request asks.
+
+It does not know how logits are made, nor when a sequence ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe_serve.engine.sequence import SamplerOutput, Sequence
+from moe_serve.types import TokenLogprobs
+
+T = TypeVar("T")
+
+MIN_TEMPERATURE = 1e-5  # as vLLM: at less the choice is the greedy one
+# Logits that are worked on at once: what a core's cache holds, or what device memory can spare.
+CHUNK_ELEMENTS_CPU = 2**19
+CHUNK_ELEMENTS_DEVICE = 2**26
+
+
+class Sampler:
+    """Chooses the next token of each sequence.
+
+    kernels: a module of kernels/sampling. Token ids outside the vocabulary are passed over
+    wherever a request names them: no such token can be sampled.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, kernels: ModuleType) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self.kernels = kernels
+        self.hashes: Tensor = kernels.token_hashes(vocab_size, device)  # [vocab_size]
+        elements = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
+        self.rows_per_chunk = max(1, elements // vocab_size)
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
+        """Choose the token that each sequence receives, and its logprobs where they were asked for.
+
+        logits: float32 [num_samples, vocab_size], read only; row i is for sequences[i]. A row that
+        is not finite, or all of whose tokens are forbidden, gives an entry of `errors`, and the
+        other rows are as if it were not there. Syncs the host.
+        """
+        assert logits.shape == (len(sequences), self.vocab_size), logits.shape
+        assert logits.dtype == torch.float32, logits.dtype
+        token_ids = [0] * len(sequences)
+        is_finite: list[bool] = self.kernels.is_finite(logits).tolist()
+        errors = {row: _not_finite(logits[row]) for row, ok in enumerate(is_finite) if not ok}
+        plain: list[int] = []
+        edited: list[int] = []
+        for row, sequence in enumerate(sequences):
+            if is_finite[row]:
+                (edited if _is_edited(sequence) else plain).append(row)
+
+        chosen = self._choose(logits, plain, [sequences[row] for row in plain])
+        _put(token_ids, plain, chosen)
+        for rows in self._chunks(edited):
+            part = logits[rows]  # a copy
+            self._edit_(part, [sequences[row] for row in rows])
+            highest: list[float] = part.amax(-1).tolist()
+            errors |= {r: _no_choice(h) for r, h in zip(rows, highest, strict=True) if np.isinf(h)}
+            left = [index for index, row in enumerate(rows) if row not in errors]
+            rows = [rows[index] for index in left]
+            _put(token_ids, rows, self._choose(part, left, [sequences[row] for row in rows]))
+        return SamplerOutput(
+            token_ids, self._logprobs(logits, sequences, token_ids, errors), errors
+        )
+
+    def prompt_logprobs(
+        self, logits: Tensor, next_token_ids: Tensor, top: int
+    ) -> list[TokenLogprobs]:
+        """Give the logprobs of known tokens: next_token_ids[i] by row i of the logits.
+
+        logits: float32 [num_tokens, vocab_size]; next_token_ids: int64 [num_tokens]. A row that is
+        not finite gives NaN. Syncs the host.
+        """
+        found: list[TokenLogprobs] = []
+        for rows in self._chunks(list(range(logits.shape[0]))):
+            part = slice(rows[0], rows[-1] + 1)
+            token_ids = next_token_ids[part].to(self.device)
+            found += self._token_logprobs(logits[part], token_ids, [top] * len(rows))
+        return found
+
+    def _choose(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[int]:
+        """Choose for sequences[i] from logits[rows[i]], which must have a finite maximum."""
+        chosen = [0] * len(rows)
+        greedy, unfiltered, filtered = [], [], []
+        for index, sequence in enumerate(sequences):
+            params = sequence.request.sampling
+            if params.temperature < MIN_TEMPERATURE:
+                greedy.append(index)
+            elif params.top_p < 1 or 0 < params.top_k < self.vocab_size:
+                filtered.append(index)
+            else:
+                unfiltered.append(index)
+        if greedy:
+            part = logits if len(greedy) == len(logits) else logits[[rows[i] for i in greedy]]
+            _put(chosen, greedy, self.kernels.greedy(part).tolist())
+        for group, choose in ((unfiltered, self._choose_any), (filtered, self._choose_filtered)):
+            for chunk in self._chunks(group):
+                part = logits[[rows[index] for index in chunk]]
+                _put(chosen, chunk, choose(part, [sequences[index] for index in chunk]).tolist())
+        return chosen
+
+    def _choose_any(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+        scaled, keys = self._scaled_and_keys(logits, sequences)
+        chosen: Tensor = self.kernels.choose(scaled, keys, self.hashes)
+        return chosen
+
+    def _choose_filtered(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+        scaled, keys = self._scaled_and_keys(logits, sequences)
+        params = [sequence.request.sampling for sequence in sequences]
+        top_k = self._tensor([p.top_k if p.top_k > 0 else self.vocab_size for p in params])
+        top_p = self._tensor([p.top_p for p in params], torch.float64)
+        chosen = torch.empty_like(top_k)
+        for rows, ids, num_kept in self.kernels.survivors(scaled, top_k, top_p):
+            chosen[rows] = self.kernels.choose_among(
+                scaled[rows], ids, num_kept, keys[rows], self.hashes
+            )
+        return chosen
+
+    def _scaled_and_keys(self, logits: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+        params = [sequence.request.sampling for sequence in sequences]
+        temperature = self._tensor([[p.temperature] for p in params], torch.float32)
+        min_p = self._tensor([[p.min_p] for p in params], torch.float32)
+        positions = [len(sequence.token_ids) for sequence in sequences]
+        keys: Tensor = self.kernels.row_keys([sequence.seed for sequence in sequences], positions)
+        return self.kernels.scaled_logits(logits, temperature, min_p), keys.to(self.device)
+
+    def _edit_(self, logits: Tensor, sequences: list[Sequence]) -> None:
+        """Forbid tokens, add biases and penalise, in place and in this order."""
+        params = [sequence.request.sampling for sequence in sequences]
+        limited = [row for row, p in enumerate(params) if p.allowed_token_ids is not None]
+        if limited:
+            pairs = self._pairs(p.allowed_token_ids or () for p in params)
+            self.kernels.keep_only_(logits, self._tensor(limited), *pairs)
+        if any(forbidden := [_forbidden_ids(sequence) for sequence in sequences]):
+            self.kernels.forbid_(logits, *self._pairs(forbidden))
+        biases = [self._in_vocabulary(p.logit_bias or {}) for p in params]
+        if any(biases):
+            values = [value for bias in biases for value in bias.values()]
+            bias_values = self._tensor(values, torch.float32)
+            self.kernels.add_bias_(logits, *self._pairs(biases), bias_values)
+        if any(_is_penalised(sequence) for sequence in sequences):
+            self._penalise_(logits, sequences)
+
+    def _penalise_(self, logits: Tensor, sequences: list[Sequence]) -> None:
+        ids: list[npt.NDArray[np.int64]] = []
+        counts: list[npt.NDArray[np.int64]] = []
+        strengths: list[tuple[float, float, float]] = []  # of each pair
+        for sequence in sequences:
+            params = sequence.request.sampling
+            seen, seen_counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+            if _is_penalised(sequence):
+                seen, seen_counts = _token_counts(sequence, self.vocab_size)
+            ids.append(seen)
+            counts.append(seen_counts)
+            strengths.append(
+                (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+            )
+        rows, pair_ids = self._pairs(ids)
+        of_pair = self._tensor(strengths, torch.float32)[rows]  # [num_pairs, 3]
+        output_counts = torch.from_numpy(np.concatenate(counts)).to(self.device)
+        self.kernels.penalise_(logits, rows, pair_ids, output_counts, *of_pair.unbind(1))
+
+    def _logprobs(
+        self,
+        logits: Tensor,
+        sequences: list[Sequence],
+        token_ids: list[int],
+        errors: dict[int, str],
+    ) -> list[TokenLogprobs | None] | None:
+        tops = [sequence.request.sampling.logprobs for sequence in sequences]
+        if all(top is None for top in tops):
+            return None
+        found: list[TokenLogprobs | None] = [None] * len(sequences)
+        asked = [
+            (row, top) for row, top in enumerate(tops) if top is not None and row not in errors
+        ]
+        for chunk in self._chunks(asked):
+            rows = [row for row, _ in chunk]
+            chosen = self._tensor([token_ids[row] for row in rows])
+            _put(found, rows, self._token_logprobs(logits[rows], chosen, [top for _, top in chunk]))
+        return found
+
+    def _token_logprobs(
+        self, logits: Tensor, token_ids: Tensor, tops: list[int]
+    ) -> list[TokenLogprobs]:
+        most = min(max(tops), self.vocab_size)
+        columns = self.kernels.chosen_logprobs(logits, token_ids, most)
+        rows = zip(token_ids.tolist(), tops, *(column.tolist() for column in columns), strict=True)
+        return [
+            TokenLogprobs(token_id, logprob, rank, tuple(zip(ids[:top], values[:top], strict=True)))
+            for token_id, top, logprob, rank, ids, values in rows
+        ]
+
+    def _pairs(self, ids_of_row: Iterable[Iterable[int]]) -> tuple[Tensor, Tensor]:
+        """Flatten each row's token ids to pairs (rows, ids): int64 [num_pairs] both."""
+        ids = [np.fromiter(row_ids, np.int64) for row_ids in ids_of_row]
+        rows = np.repeat(np.arange(len(ids)), [len(row_ids) for row_ids in ids])
+        flat = np.concatenate(ids)
+        is_known = flat < self.vocab_size
+        pairs = torch.from_numpy(np.stack([rows[is_known], flat[is_known]])).to(self.device)
+        return pairs[0], pairs[1]
+
+    def _in_vocabulary(self, bias: Mapping[int, float]) -> dict[int, float]:
+        return {token_id: value for token_id, value in bias.items() if token_id < self.vocab_size}
+
+    def _chunks(self, items: list[T]) -> Iterator[list[T]]:
+        """Cut what there is one of per row into pieces of at most `rows_per_chunk`."""
+        for start in range(0, len(items), self.rows_per_chunk):
+            yield items[start : start + self.rows_per_chunk]
+
+    def _tensor(self, values: object, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def _put(into: list[T], at: list[int], values: Iterable[T]) -> None:
+    for index, value in zip(at, values, strict=True):
+        into[index] = value
+
+
+def _is_penalised(sequence: Sequence) -> bool:
+    params = sequence.request.sampling
+    if params.repetition_penalty != 1:
+        return True
+    return bool(params.presence_penalty or params.frequency_penalty)
+
+
+def _is_edited(sequence: Sequence) -> bool:
+    """Tell whether the row's logits change before a token is chosen."""
+    params = sequence.request.sampling
+    return (
+        params.allowed_token_ids is not None
+        or bool(params.logit_bias or sequence.request.bad_words_ids)
+        or sequence.num_output_tokens < params.min_tokens
+        or _is_penalised(sequence)
+    )
+
+
+def _forbidden_ids(sequence: Sequence) -> list[int]:
+    """List the ids that would complete a bad word, or end the output before min_tokens."""
+    request = sequence.request
+    forbidden: list[int] = []
+    if sequence.num_output_tokens < request.sampling.min_tokens:
+        forbidden += [*request.eos_token_ids, *request.sampling.stop_token_ids]
+    for *before, last in filter(None, request.bad_words_ids):
+        start = len(sequence.token_ids) - len(before)
+        if start >= sequence.num_prompt_tokens and sequence.token_ids[start:] == before:
+            forbidden.append(last)
+    return forbidden
+
+
+def _token_counts(
+    sequence: Sequence, vocab_size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the ids in the prompt and output, each once, and how often each is in the output."""
+    ids, index = np.unique(np.array(sequence.token_ids, np.int64), return_inverse=True)
+    counts = np.bincount(index[sequence.num_prompt_tokens :], minlength=len(ids))
+    is_known = ids < vocab_size
+    return ids[is_known], counts[is_known]
+
+
+def _not_finite(logits: Tensor) -> str:
+    """logits: [vocab_size]."""
+    wrong = (~logits.isfinite()).nonzero().squeeze(1).tolist()
+    return (
+        f"the model gave {len(wrong)} of {len(logits)} logits that are NaN or infinite, the first "
+        f"for token id {wrong[0]}; check the checkpoint, or run it with --dtype float32"
+    )
+
+
+def _no_choice(highest: float) -> str:
+    if highest > 0:
+        return "repetition_penalty made a logit infinite; use one nearer to 1"
+    return (
+        "no token is left to choose from: allowed_token_ids, bad_words, min_tokens and "
+        "repetition_penalty forbid them all; relax one of them"
+    )
