@@ -10,7 +10,6 @@ from torch import Tensor
 from moe_serve.comm.base import Inbox
 
 
-
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """One layer's experts: gate_up [num_experts, 2 * intermediate_size, hidden_size], gate before
@@ -30,6 +29,4 @@ class ResidentExperts:
     def run(self, layer: int, inbox: Inbox) -> Tensor:
         """Return one row for each pair of the inbox, unweighted, [num_pairs, hidden_size]."""
         weights = self._layers[layer]
-        return self._moe(
-            inbox.rows, inbox.row_of_pair, inbox.counts, weights.gate_up, weights.down
-        )
+        return self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, weights.gate_up, weights.down)

@@ -38,10 +38,12 @@ class KVConfig:
         default=None, metadata={"help": "KV blocks; default: what kv_cache_gb holds."}
     )
     kv_cache_gb: float | None = field(
-        default=None, metadata={"help": "Memory for KV, GiB; default: enough for max_num_seqs, bounded."}
+        default=None,
+        metadata={"help": "Memory for KV, GiB; default: enough for max_num_seqs, bounded."},
     )
     enable_prefix_caching: bool = field(
-        default=True, metadata={"help": "Keep blocks of finished requests for prompts that begin alike."}
+        default=True,
+        metadata={"help": "Keep blocks of finished requests for prompts that begin alike."},
     )
 
     def __post_init__(self) -> None:
@@ -63,10 +65,12 @@ class SchedulerConfig:
         default=2048, metadata={"help": "Tokens in one step: decodes, then prompt chunks."}
     )
     max_prefill_chunk: int | None = field(
-        default=None, metadata={"help": "Prompt tokens of one request in one step; default: the budget."}
+        default=None,
+        metadata={"help": "Prompt tokens of one request in one step; default: the budget."},
     )
     scheduling_policy: str = field(
-        default="fcfs", metadata={"help": "A file in engine/policies.", "package": "moe_serve.engine.policies"}
+        default="fcfs",
+        metadata={"help": "A file in engine/policies.", "package": "moe_serve.engine.policies"},
     )
 
     def __post_init__(self) -> None:
@@ -79,16 +83,25 @@ class SchedulerConfig:
 class ModelConfig:
     """Which weights, and how they are held."""
 
-    model: str = field(default=EMBEDDED_MODEL, metadata={"help": "A folder, a hub name, or demo-moe."})
-    tokenizer: str | None = field(default=None, metadata={"help": "A folder; default: the model's."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub name."})
+    model: str = field(
+        default=EMBEDDED_MODEL, metadata={"help": "A folder, a hub name, or demo-moe."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "A folder; default: the model's."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a hub name."}
+    )
     dtype: str = field(
-        default="auto", metadata={"help": "auto, bfloat16, float32.", "choices": ("auto", "bfloat16", "float32")}
+        default="auto",
+        metadata={"help": "auto, bfloat16, float32.", "choices": ("auto", "bfloat16", "float32")},
     )
     load_format: str = field(
         default="safetensors",
-        metadata={"help": "safetensors, or dummy: random weights from the config alone.",
-                  "choices": ("safetensors", "dummy")},
+        metadata={
+            "help": "safetensors, or dummy: random weights from the config alone.",
+            "choices": ("safetensors", "dummy"),
+        },
     )
     max_model_len: int | None = field(
         default=None, metadata={"help": "Longest prompt + output; default: the model's own."}
@@ -105,8 +118,12 @@ class RuntimeConfig:
     kernels: str = field(
         default="auto", metadata={"help": "auto, reference.", "choices": ("auto", "reference")}
     )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; default: torch's choice."})
-    seed: int = field(default=0, metadata={"help": "Base of the seeds of requests that bring none."})
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads; default: torch's choice."}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Base of the seeds of requests that bring none."}
+    )
 
     def __post_init__(self) -> None:
         _at_least("threads", self.threads, 1)
@@ -157,11 +174,21 @@ def option_fields() -> Iterator[OptionField]:
         for leaf in dataclasses.fields(branch_type):
             hint = hints[leaf.name]
             is_optional = isinstance(hint, types.UnionType)
-            kind = next(a for a in typing.get_args(hint) if a is not type(None)) if is_optional else hint
+            kind = (
+                next(a for a in typing.get_args(hint) if a is not type(None))
+                if is_optional
+                else hint
+            )
             meta = leaf.metadata
             yield OptionField(
-                branch, leaf.name, kind, is_optional, leaf.default, meta["help"],
-                tuple(meta.get("choices", ())), meta.get("package"),
+                branch,
+                leaf.name,
+                kind,
+                is_optional,
+                leaf.default,
+                meta["help"],
+                tuple(meta.get("choices", ())),
+                meta.get("package"),
             )
 
 
@@ -173,12 +200,15 @@ def _check_type(leaf: OptionField, value: object) -> None:
         raise ConfigError(f"{leaf.name} is {value!r}; it must be of type {leaf.kind.__name__}")
     if leaf.choices and value not in leaf.choices:
         raise ConfigError(
-            f"{leaf.name} is {value!r}{nearest(str(value), leaf.choices)} (there are: {', '.join(leaf.choices)})"
+            f"{leaf.name} is {value!r}{nearest(str(value), leaf.choices)} "
+            f"(there are: {', '.join(leaf.choices)})"
         )
 
 
 def resolve_options(
-    flags: Mapping[str, Any], environ: Mapping[str, str] | None = None, file: str | Path | None = None
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str] | None = None,
+    file: str | Path | None = None,
 ) -> dict[str, Any]:
     """Merge the sources of options, the first that has one winning: flags, environment, TOML file.
 
@@ -217,4 +247,6 @@ def _parse(leaf: OptionField, source: str, text: str) -> Any:
     try:
         return leaf.kind(text)
     except ValueError as error:
-        raise ConfigError(f"{source} is {text!r}; it must be of type {leaf.kind.__name__}") from error
+        raise ConfigError(
+            f"{source} is {text!r}; it must be of type {leaf.kind.__name__}"
+        ) from error

@@ -4,7 +4,7 @@
     +-- ConfigError(ValueError)     an option or a flag that cannot be; exit code 2
     +-- RequestError(ValueError)    a request that cannot be served as it stands; exit code 2
     |   +-- CapacityError           it, or the model, asks for more than there is; exit code 2
-    +-- CheckpointError             a model folder that is missing, broken or of an unknown kind; exit code 3
+    +-- CheckpointError             a model folder that is missing, broken or unknown; exit code 3
     +-- CommError                   ranks that disagree or do not answer; exit code 3
 
 Every message names the value seen, the limit, and the way out. Our own mistakes are assertions.

@@ -10,7 +10,7 @@ from moe_serve.errors import ConfigError, nearest
 
 
 def names(package: str) -> tuple[str, ...]:
-    """List the alternatives in `package`, sorted: its modules but `base` and those that begin with "_"."""
+    """List the alternatives in `package`, sorted: its modules but `base` and "_private" ones."""
     path = importlib.import_module(package).__path__
     found = (module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
     return tuple(sorted(name for name in found if name != "base" and not name.startswith("_")))

@@ -93,12 +93,16 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             for word in getattr(self, name):
                 if not isinstance(word, str) or not word:
-                    raise RequestError(f"{name} holds {word!r}; each must be a string that is not empty")
+                    raise RequestError(
+                        f"{name} holds {word!r}; each must be a string that is not empty"
+                    )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:
-                raise RequestError("allowed_token_ids is empty: no token could be chosen; leave it out")
+                raise RequestError(
+                    "allowed_token_ids is empty: no token could be chosen; leave it out"
+                )
             for token in self.allowed_token_ids:
                 _integer("allowed_token_ids", token, 0, 2**31 - 1)
         for token, bias in (self.logit_bias or {}).items():
@@ -321,4 +325,3 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-

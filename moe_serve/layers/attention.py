@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_serve.kernels.suite import Kernels
@@ -56,7 +57,7 @@ class Attention:
         self._kernels = kernels
         self._qkv = qkv
         self._output = output
-        self._widths = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        self._widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         self._head_dim = head_dim
         self._norm_eps = norm_eps
         self._qk_norm_weights = qk_norm_weights
@@ -67,7 +68,7 @@ class Attention:
         """Return [num_tokens, hidden_size], like `hidden`; writes this step's part of the cache."""
         kernels = self._kernels
         num_tokens = hidden.shape[0]
-        query, key, value = self._qkv(hidden).split(self._widths, dim=-1)
+        query, key, value = torch.split(self._qkv(hidden), self._widths, dim=-1)
         if self._qk_norm_weights is not None and self._is_norm_full:
             query, key = self._norm(query, key)
         if self._qkv_clip is not None:

@@ -12,7 +12,7 @@ from moe_serve.types import RouterRecipe, Routing
 class Router:
     """Choose experts for each token.
 
-    weight: float32 [num_experts, hidden_size]; bias: float32 [num_experts], on the logits (gpt-oss);
+    weight: float32 [num_experts, hidden_size]; bias: float32 [num_experts], on logits (gpt-oss);
     selection_bias: float32 [num_experts], only for the choice (DeepSeek-V3). Logits are never
     rounded to the model's dtype: two experts that are close would change places.
     """

@@ -63,7 +63,7 @@ def attention(
         if hidden_size % num_heads:
             raise config.error(
                 "hidden_size",
-                f"is {hidden_size}, no multiple of num_attention_heads {num_heads}, and there is no head_dim",
+                f"is {hidden_size}, no multiple of num_attention_heads {num_heads}; give head_dim",
             )
         head_dim = hidden_size // num_heads
     if head_dim % 2:
@@ -86,7 +86,7 @@ def num_layers(config: HFConfig) -> int:
 
 
 def windows(config: HFConfig, is_sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """Return each layer's window: `sliding_window` where layer_types, else `is_sliding`, says so."""
+    """Return each layer's window: `sliding_window` where layer_types, or `is_sliding`, says so."""
     count = num_layers(config)
     window = config.optional_integer("sliding_window", low=0, high=2**31)
     kinds = config.layer_types(count, ("full_attention", "sliding_attention"))

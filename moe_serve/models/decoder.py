@@ -73,8 +73,8 @@ class Decoder:
     ) -> None:
         self.spec = spec
         self.kernels = kernels
-        self._embedding = weights.pop("embedding")
-        self.dtype = self._embedding.dtype
+        self.embedding = weights.pop("embedding")
+        self.dtype = self.embedding.dtype
         self.groups: tuple[CacheGroup, ...] = spec.cache_groups(self.dtype.itemsize)
         self._group_of_layer = {
             layer: index for index, group in enumerate(self.groups) for layer in group.layers
@@ -96,7 +96,7 @@ class Decoder:
             self._build_layer(index, layer, weights) for index, layer in enumerate(spec.layers)
         ]
         self._norm = weights.pop("norm")
-        head = self._embedding if spec.is_embedding_tied else weights.pop("head")
+        head = self.embedding if spec.is_embedding_tied else weights.pop("head")
         self._head = Linear(kernels, head)
         assert not weights, f"weights that no part took: {sorted(weights)}"
 
@@ -172,7 +172,7 @@ class Decoder:
                 batch.slot_mapping, batch.block_tables, self.groups, strict=True
             )
         ]
-        residual = self._embedding[batch.token_ids]
+        residual = self.embedding[batch.token_ids]
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             step = steps[self._group_of_layer[index]]
@@ -188,7 +188,7 @@ class Decoder:
         return self._head(hidden).float()
 
     def allocate_caches(self, num_blocks: tuple[int, ...], block_size: int) -> list[LayerCache]:
-        """Return zeroed caches, one per layer; num_blocks: per group, the null block not counted."""
+        """Return zeroed caches, one per layer; num_blocks: per group, without the null block."""
         spec = self.spec.attention
         caches: list[LayerCache] = []
         for index in range(self.spec.num_layers):

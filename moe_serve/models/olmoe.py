@@ -1,4 +1,4 @@
-"""OLMoE (OLMoE-1B-7B): norms over the full width of query and key, optional clipping, no renormalising."""
+"""OLMoE (OLMoE-1B-7B): query and key are normed over their full width, and may be clipped."""
 
 from __future__ import annotations
 

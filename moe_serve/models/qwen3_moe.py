@@ -1,4 +1,4 @@
-"""Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B): Qwen3's attention, softmax routing, no shared expert."""
+"""Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B): Qwen3's attention, no shared expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every model type: its logits and its routers' choices are transformers', its cache loses nothing."""
+"""Every model type: logits and routers' choices are transformers', the cache loses nothing."""
 
 from __future__ import annotations
 

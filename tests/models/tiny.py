@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, made by transformers, and a bare loop over our decoder."""
+"""Tiny random checkpoints of every family, made by transformers, and a loop over our decoder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {**_COMMON, "head_dim": 16, "rope_theta": 5e4},
-    "qwen3_moe": {**_COMMON, **_MOE, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "qwen3_moe": {
+        **_COMMON, **_MOE, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1],
+    },
     "qwen2_moe": {
         **_COMMON, **_MOE, "shared_expert_intermediate_size": 40, "use_sliding_window": True,
         "sliding_window": 20,

@@ -4,9 +4,9 @@ Rounding points: the product is accumulated in float32 by the library and rounde
 dtype of the input; the bias is added after that, with one more rounding.
 
 The libraries underneath choose their code by the number of rows, and not all of it adds in one
-order (measured, docs/log.md): float32 GEMM has other bits at 1, at 2 or 3, and, on two threads, at
+order (measured, docs/log.md): float32 GEMM has other bits at 1, at 2 or 3, and, on 2 threads, at
 5 to 11 rows that are no multiple of 4; bfloat16 GEMM at 1 row, and wherever the product is so
-small that torch takes its own loop. Rows are therefore padded until all row counts are in one class.
+small that torch takes its own loop. Rows are padded until all row counts are in one class.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ absolute positions 0, 64, 128 ... whatever the blocks, chunks and windows are. F
 float32: scores s, their maximum m_p, e = exp(s - m_p), l_p = sum(e), o_p = e @ values. Then, with
 M the largest m_p (and the head's sink, if it has one) and c_p = exp(m_p - M), added up from zero
 in the order of p: L = sum c_p l_p (+ exp(sink - M)), O = sum c_p o_p. The result is O / L, rounded
-once to the model's dtype. A piece that a query does not see adds exactly zero, so it may be left out.
+once to the model's dtype. A piece that a query does not see adds exactly zero: it may be left out.
 PagedAttention: Kwon et al. 2023 (arXiv 2309.06180).
 
 `plan` works out once a step what to gather; `paged_attention` does it in every layer of the group.
@@ -149,7 +149,7 @@ def _tile(
         is_hidden |= keys[:, None, :] <= queries[:, :, None] - window
     blocks = (keys // block_size).clamp_max(block_table.shape[1] - 1)
     slots = block_table[sequences[:, None], blocks].long() * block_size + keys % block_size
-    # past the context a block may hold what another request left, even NaN: zero times it is not zero
+    # past the context a block may hold what another request left, even NaN: 0 * NaN is not 0
     slots = torch.where(keys < positions[:, None] + count, slots, 0)
     return Tile((rows[:, None] + steps).flatten(), count, slots, is_hidden)
 

@@ -1,0 +1,43 @@
+# The same verbs for people and for CI. `install` makes ./.venv; every other verb depends on it.
+# PYTHON names the interpreter that makes the environment; ARGS goes to pytest.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: help install check test bench build demo clean
+
+help:
+	@echo "make install | check | test | bench | build | demo | clean"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "$(PYTHON) is Python %d.%d; moe-serve needs 3.11 or newer: make PYTHON=python3.12 install" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: install
+	$(BIN)/moe-serve bench latency
+	$(BIN)/moe-serve bench throughput
+	$(BIN)/python -m benchmarks.peers --rounds 3 --jobs 1x128/16,4x128/16
+
+build: install
+	$(BIN)/python -m build
+
+demo: install
+	$(BIN)/moe-serve generate "Once upon a time, there was a little girl named Lily." --max-tokens 160
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

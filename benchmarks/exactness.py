@@ -1,0 +1,260 @@
+"""Are tokens and logprobs the same bits however a request was batched, cut, paged or interrupted?
+
+Hypothesis: yes, for one model, dtype and numerics_id (docs/adr/0001). One factor at a time is
+changed around a base, then random combinations; every output of every run is compared with the
+base's, token by token and logprob by logprob, as exact floats.
+
+    python -m benchmarks.exactness --prompts ../shared/data/prompts          # all of it
+    python -m benchmarks.exactness --prompts ... --num-prompts 12 --random 3 # a short one
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.results import Row, write_results
+from moe_serve.llm import LLM
+from moe_serve.types import RequestOutput, SamplingParams
+
+# four layers as wide as a real model's: kernels differ at K >= 1024 that agree at K = 256
+WIDE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 2048,
+    "hidden_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 384,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+}
+# what every base has in common with a real prompt set: an instruction that all prompts begin with
+INSTRUCTION = "Answer the question as well as you can. Think first.\n\n"
+MAX_PROMPT = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run: a name and the options in which it differs from the base. threads: torch's."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    threads: int = 2
+    # forced preemption: KV for this many prompts only
+    num_resident_prompts: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run gave, and proof that what it is named for took place."""
+
+    outputs: list[tuple[Any, ...]]
+    num_preemptions: int
+    prefix_hit_tokens: int
+    seconds: float
+
+
+BASE = Case("base: 32 at once", {"max_num_seqs": 32, "enable_prefix_caching": False})
+FACTORS = (
+    Case("batch of 1", {"max_num_seqs": 1}),
+    Case("chunk of 1", {"max_prefill_chunk": 1}),
+    Case("chunk of 7", {"max_prefill_chunk": 7}),
+    Case("chunk of 64", {"max_prefill_chunk": 64}),
+    Case("blocks of 1", {"block_size": 1}),
+    Case("blocks of 64", {"block_size": 64}),
+    Case("prefix cache", {"enable_prefix_caching": True, "max_num_seqs": 8}),
+    Case("preemption", num_resident_prompts=3),
+    Case("1 thread", threads=1),
+)
+
+
+def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
+    """Yield combinations of all factors."""
+    chance = random.Random(seed)
+    for number in range(count):
+        options = {
+            "max_num_seqs": chance.choice([1, 2, 5, 17, 32]),
+            "max_num_batched_tokens": chance.choice([8, 33, 100, 700, 2048]),
+            "max_prefill_chunk": chance.choice([1, 3, 7, 16, 64, 100, None]),
+            "block_size": chance.choice([1, 2, 5, 16, 33, 64]),
+            "enable_prefix_caching": chance.random() < 0.5,
+            "scheduling_policy": chance.choice(["fcfs", "decode_first", "shortest_prompt"]),
+        }
+        text = ", ".join(f"{name}={value}" for name, value in options.items())
+        resident = chance.choice([None, 2, 5])
+        yield Case(f"random {number}: {text}", options, chance.choice([1, 2]), resident)
+
+
+class Subject:
+    """A model, its prompts, and the outputs they must have."""
+
+    def __init__(
+        self, model: str, dtype: str, prompts: list[list[int]], max_tokens: int, load_format: str
+    ) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.load_format = load_format
+        self.max_tokens = max_tokens
+        # each prompt greedily and with noise, side by side in one batch
+        self.prompts = [ids for ids in prompts for _ in range(2)]
+        self.params = [
+            SamplingParams(
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=number,
+                ignore_eos=True,
+                logprobs=2,
+            )
+            for number in range(len(prompts))
+            for temperature, top_p in ((0.0, 1.0), (0.8, 0.95))
+        ]
+        self.numerics_id = ""
+
+    def run(self, case: Case) -> Outcome:
+        """Build an engine with the case's options and run all prompts through it."""
+        options = {**BASE.options, **case.options}
+        if case.num_resident_prompts is not None:
+            longest = max(map(len, self.prompts)) + self.max_tokens
+            block_size = options.get("block_size", 16)
+            options["num_kv_blocks"] = case.num_resident_prompts * -(-longest // block_size)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(case.threads)
+        try:
+            llm = LLM(model=self.model, dtype=self.dtype, load_format=self.load_format, **options)
+            start = time.perf_counter()
+            outputs = llm.generate(self.prompts, self.params, use_tqdm=False)
+            seconds = time.perf_counter() - start
+        finally:
+            torch.set_num_threads(threads)
+        assert llm.last_run is not None
+        self.numerics_id = llm.engine.numerics_id
+        return Outcome(
+            [_exact(output) for output in outputs],
+            llm.last_run.num_preemptions,
+            llm.last_run.prefix_hit_tokens,
+            seconds,
+        )
+
+
+def _exact(output: RequestOutput) -> tuple[Any, ...]:
+    """Return what must be equal: tokens, why it ended, and each logprob as its exact float."""
+    (completion,) = output.outputs
+    assert completion.logprobs is not None
+    logprobs = tuple((p.token_id, p.logprob.hex(), p.rank, p.top) for p in completion.logprobs)
+    return (completion.token_ids, completion.finish_reason, completion.error, logprobs)
+
+
+def differing(outcome: Outcome, base: Outcome) -> list[int]:
+    """List the requests whose outputs are not those of the base."""
+    pairs = zip(outcome.outputs, base.outputs, strict=True)
+    return [index for index, (got, want) in enumerate(pairs) if got != want]
+
+
+def read_prompts(folder: Path, count: int) -> list[str]:
+    """Take `count` prompts from the JSONL files of a folder, in turn."""
+    files = [path.read_text().splitlines() for path in sorted(folder.glob("*.jsonl"))]
+    if not files:
+        raise SystemExit(f"{folder}: no .jsonl files")
+    lines = itertools.chain.from_iterable(itertools.zip_longest(*files))
+    texts = []
+    for line in itertools.islice((line for line in lines if line), count):
+        record = json.loads(line)
+        texts.append(record.get("prompt") or record["messages"][0]["content"])
+    return texts
+
+
+def embedded_subject(dtype: str, texts: Sequence[str], max_tokens: int) -> Subject:
+    """Return the embedded model with real prompts."""
+    from moe_serve.hub import resolve_model
+    from moe_serve.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve_model("demo-moe", None))
+    assert tokenizer is not None
+    prompts = [tokenizer.encode(INSTRUCTION + text)[:MAX_PROMPT] for text in texts]
+    return Subject("demo-moe", dtype, prompts, max_tokens, "safetensors")
+
+
+def wide_subject(dtype: str, folder: Path, num_prompts: int, max_tokens: int) -> Subject:
+    """Return the wide dummy with random prompts that share a beginning; writes its config."""
+    (folder / "config.json").write_text(json.dumps(WIDE))
+    chance = random.Random(0)
+    shared = [chance.randrange(2048) for _ in range(40)]
+    prompts = [
+        shared + [chance.randrange(2048) for _ in range(chance.randint(1, 90))]
+        for _ in range(num_prompts)
+    ]
+    return Subject(str(folder), dtype, prompts, max_tokens, "dummy")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--prompts", type=Path, required=True, help="folder of .jsonl files")
+    parser.add_argument("--num-prompts", type=int, default=100, help="for the embedded model")
+    parser.add_argument("--num-wide", type=int, default=20, help="for the wide dummy")
+    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--random", type=int, default=30, help="random combinations")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    texts = read_prompts(args.prompts, args.num_prompts)
+    numerics = []
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("float32", "bfloat16"):
+            for name, subject in (
+                ("embedded", embedded_subject(dtype, texts, args.max_tokens)),
+                ("wide", wide_subject(dtype, Path(folder), args.num_wide, args.max_tokens)),
+            ):
+                rows += run_matrix(f"{name} {dtype}", subject, args.random)
+                numerics.append(subject.numerics_id)
+    num_wrong = sum(int(row.value) for row in rows if row.limit == 0)
+    print(f"{num_wrong} outputs differ from their base")
+    if args.save:
+        command = f"python -m benchmarks.exactness {' '.join(sys.argv[1:])}"
+        numerics_id = ", ".join(dict.fromkeys(numerics))
+        print(write_results("exactness", rows, command=command, numerics_id=numerics_id))
+    return 1 if num_wrong else 0
+
+
+def run_matrix(name: str, subject: Subject, num_random: int) -> list[Row]:
+    """Run the base, every factor and some combinations; print and return what differed."""
+    base = subject.run(BASE)
+    print(f"{name}: {len(base.outputs)} outputs, {base.seconds:.1f} s ({subject.numerics_id})")
+    rows = []
+    for case in (*FACTORS, *random_cases(num_random)):
+        outcome = subject.run(case)
+        wrong = differing(outcome, base)
+        print(
+            f"  {len(wrong):3d} differ {outcome.num_preemptions:5d} preemptions"
+            f" {outcome.prefix_hit_tokens:6d} hit tokens {outcome.seconds:6.1f} s  {case.name}",
+            flush=True,
+        )
+        label = f"{name}, {case.name}"
+        rows.append(Row.of(f"{label}: outputs that differ", [len(wrong)], "count", limit=0))
+        if outcome.num_preemptions:
+            rows.append(Row.of(f"{label}: preemptions", [outcome.num_preemptions], "count"))
+        if outcome.prefix_hit_tokens:
+            rows.append(Row.of(f"{label}: hit tokens", [outcome.prefix_hit_tokens], "count"))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

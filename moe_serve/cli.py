@@ -1,0 +1,486 @@
+"""The command line: flags to options, text and figures to the terminal; it decides nothing else.
+
+What a verb needs is imported inside it, so that --help takes no time. stdout has the answer and
+nothing else; notes, progress and errors go to stderr. Exit codes: 0, 1 (an output ended with an
+error, or a fault of ours), 2 (usage, request), 3 (model), 130 (interrupted), 141 (pipe closed).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from moe_serve import plugin
+from moe_serve.config import EngineConfig, OptionField, option_fields, resolve_options
+from moe_serve.errors import ConfigError, MoeServeError, RequestError
+
+if TYPE_CHECKING:
+    from moe_serve.llm import LLM
+    from moe_serve.types import RequestOutput, SamplingParams
+
+PROGRAM = "moe-serve"
+DEFAULT_MAX_TOKENS = 128
+EXAMPLE = f'{PROGRAM} generate "Once upon a time, there was a little girl named Lily."'
+
+# flag, type, help; what is not given is the model's own generation_config, or the neutral value
+SAMPLING_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    ("max_tokens", int, f"Most tokens of an output. [default: {DEFAULT_MAX_TOKENS}]"),
+    ("min_tokens", int, "No end before so many tokens."),
+    ("temperature", float, "0 is greedy. [default: the model's]"),
+    ("top_p", float, "Least probability of the tokens to choose from. [default: the model's]"),
+    ("top_k", int, "How many tokens to choose from; 0: all. [default: the model's]"),
+    ("min_p", float, "Least probability of a token, as a share of the best one's."),
+    ("n", int, "Outputs of each prompt."),
+    ("repetition_penalty", float, "Above 1: what was there becomes less likely."),
+    ("presence_penalty", float, "Taken from the logits of what was there."),
+    ("frequency_penalty", float, "The same, for each time it was there."),
+    ("stop", list[str], "A text that ends an output; may be given again."),
+    ("ignore_eos", bool, "Go on after the end token."),
+    ("logprobs", int, "Give each token's logprob and those of so many of the best."),
+)
+
+# of click, or of the copy inside typer
+_UsageFault: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+
+app = typer.Typer(
+    name=PROGRAM,
+    help="Run mixture-of-experts language models. With no --model, a small one is at hand.",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure how fast a model runs here.", rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+
+@app.callback()
+def _root(debug: Debug = False) -> None:
+    """`main` looks for --debug itself, so that it may stand before or after the verb."""
+
+
+def _engine_parameter(leaf: OptionField) -> inspect.Parameter:
+    flag = f"--{leaf.name.replace('_', '-')}"
+    if leaf.kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    known = f" One of {', '.join(plugin.names(leaf.package))}." if leaf.package else ""
+    default = "" if leaf.default is None else f" [default: {leaf.default}]"
+    return _option(leaf.name, leaf.kind, flag, leaf.help + known + default)
+
+
+def _option(name: str, kind: Any, flag: str, text: str) -> inspect.Parameter:
+    """Return a parameter that is None when its flag is not given."""
+    option = typer.Option(flag, help=text, show_default=False)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
+
+
+def _engine_parameters() -> Iterator[inspect.Parameter]:
+    for leaf in option_fields():
+        yield _engine_parameter(leaf)
+    yield _option("config", Path, "--config", "A TOML file of these options.")
+
+
+def _sampling_parameters() -> Iterator[inspect.Parameter]:
+    for name, kind, text in SAMPLING_FLAGS:
+        yield _option(name, kind, f"--{name.replace('_', '-')}", text)
+
+
+def _verb(group: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a verb; its parameters `engine` and `sampling` stand for all flags of their kind."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        generated = {"engine": list(_engine_parameters()), "sampling": list(_sampling_parameters())}
+        own = inspect.signature(function, eval_str=True).parameters
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in own.items():
+            parameters.extend(generated.get(name, [parameter]))
+        parameters.append(
+            inspect.Parameter(
+                "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
+            )
+        )
+
+        def verb(**given: Any) -> None:
+            del given["debug"]
+            for name in generated.keys() & own.keys():
+                flags = {p.name: given.pop(p.name) for p in generated[name]}
+                given[name] = {key: value for key, value in flags.items() if value is not None}
+            try:
+                function(**given)
+            except BrokenPipeError:
+                raise typer.Exit(_drop_stdout()) from None
+
+        verb.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        )
+        verb.__annotations__ = {p.name: p.annotation for p in parameters}
+        verb.__doc__ = function.__doc__
+        group.command(function.__name__)(verb)
+        return function
+
+    return add
+
+
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", show_default=False)]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", help="JSON lines: prompt, prompt_token_ids or messages.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many lines.")]
+TemplateFile = Annotated[
+    Path | None, typer.Option("--chat-template", help="A jinja file instead of the model's own.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@_verb(app)
+def generate(
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    limit: Limit = None,
+    chat_template: TemplateFile = None,
+    as_json: AsJson = False,
+    *,
+    sampling: dict[str, Any],
+    engine: dict[str, Any],
+) -> None:
+    """Continue prompts: those named, those in a file, or what comes on stdin."""
+    from moe_serve.text.prompt_file import prompt_of, read_prompt_file  # imports torch
+
+    if prompts is None:
+        if limit is not None:
+            raise ConfigError("--limit is for --prompts; without a file it has no effect")
+        entries: list[dict[str, Any]] = [{"prompt": text} for text in prompt or _stdin_prompt()]
+    elif prompt:
+        raise ConfigError("prompts are named and --prompts gives a file of them; use one of both")
+    else:
+        entries = read_prompt_file(prompts, limit)
+    llm, params = _load(engine, sampling, chat_template)
+    if len(entries) == 1 and params.n == 1 and not as_json:
+        outputs = [_print_stream(llm, prompt_of(entries[0], llm.requests), params)]
+    else:
+        listed = []
+        for index, entry in enumerate(entries):
+            try:
+                listed.append(prompt_of(entry, llm.requests))
+            except RequestError as error:
+                raise type(error)(f"prompt {index}: {error}") from error
+        outputs = llm.generate(listed, params)
+        _print_json(_json_report(llm, outputs)) if as_json else _print_texts(outputs)
+    _close(llm, outputs)
+
+
+@_verb(app)
+def chat(
+    chat_template: TemplateFile = None, *, sampling: dict[str, Any], engine: dict[str, Any]
+) -> None:
+    """Talk to a model: a line is a message; /reset begins anew, /exit ends.
+
+    A model without a chat template continues the text of the conversation instead.
+    """
+    llm, params = _load(engine, sampling, chat_template)
+    if params.n != 1:
+        raise RequestError(f"n is {params.n}; chat gives one answer")
+    if not llm.has_chat_template:
+        _note(f"{llm.model} has no chat template: it continues the text (see --chat-template)")
+    history: list[dict[str, str]] = []
+    for line in _chat_lines():
+        if line == "/exit":
+            break
+        if line == "/reset":
+            history.clear()
+        elif line.startswith("/"):
+            _note(f"no command {line.split()[0]!r} (there are: /reset, /exit)")
+        elif line.strip():
+            _answer(llm, params, history, line)
+
+
+@_verb(app)
+def batch(
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.jsonl")],
+    chat_template: TemplateFile = None,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Answer a file of requests in OpenAI's batch form, going on where it was stopped."""
+    from moe_serve.batch import run_batch  # imports torch
+
+    if not source.is_file():
+        raise ConfigError(f"{source}: no such file")
+    llm, _ = _load(engine, {}, chat_template)
+    report = run_batch(llm, source, target)
+    _note(
+        f"{report.num_lines} answers in {target}: {report.num_resumed} were there, "
+        f"{report.num_failed} of the new ones say what was wrong with their line"
+    )
+    _close(llm, [])
+
+
+@_verb(bench)
+def latency(
+    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
+    output_len: Annotated[int, typer.Option(help="Tokens of each output.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
+    num_iters: Annotated[int, typer.Option(help="Rounds that count.")] = 5,
+    as_json: AsJson = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """How long one batch of random prompts takes."""
+    from moe_serve.bench import bench_latency  # imports torch
+
+    llm, _ = _load(engine, {}, None)
+    rows = bench_latency(
+        llm,
+        input_len=input_len,
+        output_len=output_len,
+        batch_size=batch_size,
+        num_iters=num_iters,
+    )
+    _print_bench(llm, rows, as_json)
+
+
+@_verb(bench)
+def throughput(
+    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(help="Tokens of each output.")] = 64,
+    num_prompts: Annotated[int, typer.Option(help="Prompts, all given at once.")] = 64,
+    num_iters: Annotated[int, typer.Option(help="Rounds that count.")] = 5,
+    as_json: AsJson = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """How many random prompts are served a second."""
+    from moe_serve.bench import bench_throughput  # imports torch
+
+    llm, _ = _load(engine, {}, None)
+    rows = bench_throughput(
+        llm,
+        input_len=input_len,
+        output_len=output_len,
+        num_prompts=num_prompts,
+        num_iters=num_iters,
+    )
+    _print_bench(llm, rows, as_json)
+
+
+def _load(
+    engine: Mapping[str, Any], sampling: Mapping[str, Any], chat_template: Path | None
+) -> tuple[LLM, SamplingParams]:
+    """Return the model and what its outputs shall be, with all flags checked before it is read."""
+    import dataclasses
+
+    from moe_serve.llm import LLM  # imports torch
+    from moe_serve.types import SamplingParams
+
+    given = {"max_tokens": DEFAULT_MAX_TOKENS, **sampling}
+    SamplingParams.from_mapping(given)
+    flags = dict(engine)
+    options = resolve_options(flags, file=flags.pop("config", None))
+    llm = LLM(config=EngineConfig.from_options(options), chat_template=chat_template)
+    return llm, dataclasses.replace(llm.default_sampling_params(), **given)
+
+
+def _stdin_prompt() -> list[str]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ConfigError(f"no prompt. Try: {EXAMPLE}")
+    text = sys.stdin.read().removesuffix("\n")
+    if not text:
+        raise ConfigError(f"no prompt, and nothing on stdin. Try: {EXAMPLE}")
+    return [text]
+
+
+def _print_stream(llm: LLM, prompt: Any, params: SamplingParams) -> RequestOutput:
+    """Print an output's text while it comes; return the whole."""
+    num_shown = 0
+    output: RequestOutput | None = None
+    for output in llm.stream(prompt, params):
+        text = output.outputs[0].text
+        sys.stdout.write(text[num_shown:])
+        sys.stdout.flush()
+        num_shown = len(text)
+    assert output is not None
+    print(flush=True)
+    return output
+
+
+def _print_texts(outputs: Sequence[RequestOutput]) -> None:
+    for index, output in enumerate(outputs):
+        for completion in output.outputs:
+            of_n = f", output {completion.index}" if len(output.outputs) > 1 else ""
+            print(f"=== prompt {index}{of_n} ({completion.finish_reason}) ===")
+            print(completion.text)
+
+
+def _json_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """Return the form of `generate --json`: an entry for each output, named by its prompt's place.
+
+    With n > 1 the n outputs of a prompt follow each other, all with its index.
+    """
+    assert llm.last_run is not None
+    return {
+        "schema": 1,
+        "model": llm.model,
+        "numerics_id": llm.engine.numerics_id,
+        "outputs": [
+            {
+                "index": index,
+                "prompt_token_ids": list(output.prompt_token_ids),
+                "token_ids": list(completion.token_ids),
+                "text": completion.text,
+                "finish_reason": completion.finish_reason,
+                "logprobs": None
+                if completion.logprobs is None
+                else [[entry.token_id, entry.logprob] for entry in completion.logprobs],
+            }
+            for index, output in enumerate(outputs)
+            for completion in output.outputs
+        ],
+        "metrics": llm.last_run.to_json(),
+        "experts": {},
+        "ranks": [],
+    }
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    print(json.dumps(report), flush=True)
+
+
+def _print_bench(llm: LLM, rows: Sequence[Any], as_json: bool) -> None:
+    from moe_serve.bench import bench_report
+
+    if as_json:
+        _print_json(bench_report(llm, f"{PROGRAM} {' '.join(sys.argv[1:])}", rows))
+    else:
+        for row in rows:
+            print(row.line())
+    _close(llm, [])
+
+
+def _close(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
+    """End a run with its figures, and with exit code 1 if an output failed."""
+    failed = [
+        f"prompt {index}: {completion.error}"
+        for index, output in enumerate(outputs)
+        for completion in output.outputs
+        if completion.finish_reason == "error"
+    ]
+    for why in failed:
+        _note(f"error: {why}")
+    if llm.last_run is not None:
+        _note(llm.last_run.line(), program="")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _chat_lines() -> Iterator[str]:
+    """Yield what the user types, or the lines of stdin when nobody types."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+        return
+    import readline  # noqa: F401  # its import gives input() a history and the arrow keys
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+
+
+def _answer(llm: LLM, params: SamplingParams, history: list[dict[str, str]], line: str) -> None:
+    """Print the answer to one message; the history grows by both, or by nothing on an error."""
+    messages = [*history, {"role": "user", "content": line}]
+    try:
+        if llm.has_chat_template:
+            prompt: Any = llm.requests.chat_prompt(messages)
+        else:
+            prompt = "\n".join(message["content"] for message in messages)
+        output = _print_stream(llm, prompt, params)
+    except RequestError as error:
+        if not sys.stdin.isatty():
+            raise
+        _note(f"error: {error} (/reset begins anew)")
+        return
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        print()  # the answer ends here, the conversation goes on
+        return
+    history[:] = [*messages, {"role": "assistant", "content": output.outputs[0].text}]
+    _close(llm, [output])
+
+
+def _note(text: str, program: str = f"{PROGRAM}: ") -> None:
+    print(f"{program}{printable(text)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line, with what could command a terminal made visible."""
+    return "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape", "backslashreplace").decode()
+        for character in text
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; errors are one line on stderr."""
+    logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(levelname)s: %(message)s")
+    arguments = list(arguments) or ["--help"]
+    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    is_debug = "--debug" in flags
+    try:
+        code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        return _drop_stdout()
+    except Exception as error:
+        if is_debug:
+            traceback.print_exc()
+        return _report(error, is_debug)
+
+
+def _drop_stdout() -> int:
+    """Let what nobody reads vanish, or Python would complain at its end; return the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
+def _report(error: Exception, is_debug: bool) -> int:
+    if isinstance(error, MoeServeError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, _UsageFault):
+        message, code = error.format_message(), 2  # type: ignore[attr-defined]
+    else:
+        message, code = f"a fault in {PROGRAM}: {type(error).__name__}: {error}", 1
+        message += "" if is_debug else " (--debug shows where)"
+    _note(f"error: {message}")
+    return code
+
+
+def main() -> NoReturn:
+    """The command `moe-serve`."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""The engine: requests in, tokens out, one step at a time. It knows no text and no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_serve.config import EngineConfig
+from moe_serve.engine.model_runner import ModelRunner
+from moe_serve.engine.scheduler import Scheduler
+from moe_serve.errors import RequestError
+from moe_serve.models.spec import ModelSpec
+from moe_serve.types import Request, StepOutput
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Counts since the engine was built; sizes in bytes."""
+
+    num_preemptions: int
+    prefix_hit_tokens: int
+    num_waiting: int
+    num_running: int
+    model_bytes: int
+    kv_bytes: int
+
+
+class Engine:
+    """Runs requests of one model, batched, each as if it ran alone.
+
+    Made by `engine.build.build_engine`. Not for use by several threads at once.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        *,
+        max_model_len: int,
+        numerics_id: str,
+        model_bytes: int,
+        kv_bytes: int,
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self.scheduler = scheduler
+        self.runner = runner
+        self.max_model_len = max_model_len
+        self.numerics_id = numerics_id
+        self._model_bytes = model_bytes
+        self._kv_bytes = kv_bytes
+
+    def add(self, request: Request) -> None:
+        """Admit a request, or refuse it at once: RequestError or CapacityError."""
+        self._check_ids(request)
+        self.scheduler.add(request)
+
+    def step(self) -> list[StepOutput]:
+        """Give every scheduled sequence its next token; [] when there is nothing to do."""
+        step = self.scheduler.schedule()
+        if step is None:
+            return []
+        return self.scheduler.finish(step, self.runner.run(step))
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request and all it holds; return whether it was there."""
+        return self.scheduler.abort(request_id)
+
+    def stop(self, request_id: str, index: int) -> bool:
+        """End one output, as if it had stopped by itself; return whether it was running."""
+        return self.scheduler.stop(request_id, index)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_preemptions=self.scheduler.num_preemptions,
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
+            num_waiting=self.scheduler.num_waiting,
+            num_running=self.scheduler.num_running,
+            model_bytes=self._model_bytes,
+            kv_bytes=self._kv_bytes,
+        )
+
+    def _check_ids(self, request: Request) -> None:
+        """Refuse token ids that the model does not have, wherever a request names them."""
+        vocab_size = self.spec.vocab_size
+        sampling = request.sampling
+        named = (
+            ("prompt", request.prompt_ids),
+            ("allowed_token_ids", sampling.allowed_token_ids or ()),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", tuple(sampling.logit_bias or ())),
+        )
+        for name, ids in named:
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                wrong = next(token for token in ids if not 0 <= token < vocab_size)
+                raise RequestError(
+                    f"{name} holds token id {wrong}; the model has ids 0 to {vocab_size - 1}"
+                )

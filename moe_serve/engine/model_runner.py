@@ -1,0 +1,125 @@
+"""From a scheduled step to tokens: build the batch, run the decoder, sample.
+
+Knows block tables and caches, not who waits or why.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_serve.engine.kv_cache import KVCacheManager
+from moe_serve.engine.sampler import Sampler
+from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
+from moe_serve.models.decoder import Decoder
+from moe_serve.types import ForwardBatch, TokenLogprobs
+
+# rows of logits at once for prompt logprobs: bounds memory, a vocabulary is wide
+_LOGIT_ROWS = 256
+
+
+class ModelRunner:
+    """Runs steps of one model on one device."""
+
+    def __init__(
+        self, model: Decoder, kv: KVCacheManager, num_blocks: tuple[int, ...], sampler: Sampler
+    ) -> None:
+        self.model = model
+        self._kv = kv
+        self._block_size = kv.block_size
+        self._sampler = sampler
+        self._caches = model.allocate_caches(num_blocks, kv.block_size)
+
+    @torch.inference_mode()
+    def run(self, step: ScheduledStep) -> SamplerOutput:
+        """Give each of `step.sampled` its next token."""
+        self._copy_blocks(step.block_copies)
+        batch = build_batch(step, self._kv.tables, self._block_size)
+        hidden = self.model.forward(batch, self._caches)  # [num_tokens, hidden_size]
+        if step.sampled:
+            logits = self.model.logits(hidden[batch.sample_rows])
+            output = self._sampler.sample(logits, step.sampled)
+        else:
+            output = SamplerOutput([])
+        output.prompt_logprobs.update(self._prompt_logprobs(step, hidden))
+        return output
+
+    def _copy_blocks(self, copies: tuple[list[tuple[int, int]], ...]) -> None:
+        """Copy blocks within the caches (copy on write); a step's sources are never its targets."""
+        size = self._block_size
+        for group, pairs in zip(self.model.groups, copies, strict=True):
+            if not pairs:
+                continue
+            sources, targets = torch.tensor(pairs).t()  # [num_pairs] each
+            for layer in group.layers:
+                for cache in (self._caches[layer].key, self._caches[layer].value):
+                    blocks = cache.view(-1, size, *cache.shape[1:])
+                    blocks[targets] = blocks[sources]
+
+    def _prompt_logprobs(
+        self, step: ScheduledStep, hidden: Tensor
+    ) -> dict[int, list[TokenLogprobs]]:
+        """Return the logprobs of the prompt tokens after each that ran, where asked for."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        start = 0
+        for index, (sequence, length) in enumerate(
+            zip(step.sequences, step.query_lens, strict=True)
+        ):
+            top = sequence.request.sampling.prompt_logprobs
+            first = sequence.num_computed_tokens + 1
+            # the row of the last prompt token speaks of an output, not of a prompt token
+            count = min(first + length, sequence.num_prompt_tokens) - first
+            if top is not None and sequence.index == 0 and count > 0:
+                found[index] = []
+                for offset in range(0, count, _LOGIT_ROWS):
+                    size = min(_LOGIT_ROWS, count - offset)
+                    logits = self.model.logits(hidden[start + offset : start + offset + size])
+                    targets = torch.tensor(
+                        sequence.token_ids[first + offset : first + offset + size]
+                    )
+                    found[index] += self._sampler.prompt_logprobs(logits, targets, top)
+            start += length
+        return found
+
+
+def build_batch(
+    step: ScheduledStep, tables: tuple[np.ndarray, ...] | list[np.ndarray], block_size: int
+) -> ForwardBatch:
+    """Lay a step's tokens out flat.
+
+    tables: per cache group, int32 [max_num_seqs, max_blocks], rows as in `Sequence.row`.
+    """
+    sequences, lens = step.sequences, step.query_lens
+    starts = np.array([sequence.num_computed_tokens for sequence in sequences], dtype=np.int64)
+    lengths = np.array(lens, dtype=np.int64)
+    token_ids = [
+        token
+        for sequence, length in zip(sequences, lens, strict=True)
+        for token in sequence.token_ids[
+            sequence.num_computed_tokens : sequence.num_computed_tokens + length
+        ]
+    ]
+    ends = np.cumsum(lengths)
+    sequence_ids = np.repeat(np.arange(len(sequences)), lengths)
+    positions = np.arange(len(token_ids)) + np.repeat(starts - (ends - lengths), lengths)
+    contexts = starts + lengths
+    rows = np.array([sequence.row for sequence in sequences], dtype=np.int64)
+    max_blocks = -(-int(contexts.max()) // block_size)
+    slots, batch_tables = [], []
+    for table in tables:
+        part = table[rows, :max_blocks]
+        batch_tables.append(torch.from_numpy(part))
+        blocks = part[sequence_ids, positions // block_size].astype(np.int64)
+        slots.append(torch.from_numpy(blocks * block_size + positions % block_size))
+    return ForwardBatch(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        positions=torch.from_numpy(positions),
+        sequence_ids=torch.from_numpy(sequence_ids),
+        query_lens=tuple(lens),
+        context_lens=tuple(contexts.tolist()),
+        slot_mapping=tuple(slots),
+        block_tables=tuple(batch_tables),
+        block_size=block_size,
+        sample_rows=torch.from_numpy(ends[np.array(step.sample_sources, dtype=np.int64)] - 1),
+    )

@@ -1,0 +1,458 @@
+"""Which sequences run in a step, with how many tokens, and what their new tokens mean.
+
+Owns the queues and the rules by which an output ends. Knows nothing of tensors: blocks are
+`kv_cache.py`'s, and the order of requests is a policy's (`policies/`).
+
+A sequence waits, then runs: first as a prompt, in chunks, then as a decode of one token a step.
+When blocks run out, the last running sequence in the policy's order is preempted: it waits again
+with its tokens kept, and is computed anew as a prompt. A sequence that is itself the last keeps its
+blocks and sits the step out. The first in the order always runs, so every request ends.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from itertools import chain
+
+from moe_serve.engine.admission import checked_end_length
+from moe_serve.engine.kv_cache import KVCacheManager
+from moe_serve.engine.policies.base import Policy
+from moe_serve.engine.sequence import SamplerOutput, ScheduledStep, Sequence
+from moe_serve.errors import RequestError
+from moe_serve.types import FinishReason, Request, StepOutput, TokenLogprobs
+
+Rank = tuple[float, int, int]
+"""The policy's rank, the order of arrival, the index among a request's outputs: unique."""
+
+
+class _Live:
+    """A request in the scheduler: its place in the order, when its outputs end, those not ended."""
+
+    __slots__ = ("end_length", "min_length", "order", "rank", "sequences", "stop_ids")
+
+    def __init__(self, request: Request, rank: float, order: int, end_length: int) -> None:
+        sampling = request.sampling
+        eos = frozenset() if sampling.ignore_eos else request.eos_token_ids
+        self.stop_ids = eos.union(sampling.stop_token_ids)
+        self.min_length = len(request.prompt_ids) + sampling.min_tokens
+        self.end_length = end_length
+        self.rank = rank
+        self.order = order
+        self.sequences: dict[int, Sequence] = {}
+
+    def finish_reason(self, length: int, token: int) -> FinishReason | None:
+        """Return why a sequence of `length` tokens, the last of them `token`, ends, or None."""
+        if token in self.stop_ids and length >= self.min_length:
+            return "stop"
+        return "length" if length >= self.end_length else None
+
+
+class Scheduler:
+    """Fills steps, and reads their results: call `schedule` and `finish` in turns.
+
+    max_num_seqs: sequences that run at once, as many as `kv` has rows. max_num_batched_tokens: the
+        most tokens of one step. max_prefill_chunk: the most prompt tokens of one sequence in one
+        step; None: as many as the step has. max_model_len: the most tokens of prompt and output
+        together. clock: seconds, for the policy. admission_horizon: a prompt is admitted only when
+        every running sequence can still grow by so many tokens: less recomputing later.
+    num_preemptions, prefix_hit_tokens: counts since the start; the latter are the tokens that
+    admitted sequences (preempted ones too) found in the cache.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_prefill_chunk: int | None,
+        policy: Policy,
+        kv: KVCacheManager,
+        max_model_len: int,
+        clock: Callable[[], float],
+        admission_horizon: int = 16,
+    ) -> None:
+        assert max_num_seqs == kv.max_num_seqs, "one row of the tables for each sequence"
+        self._budget = max_num_batched_tokens
+        self._max_chunk = min(max_prefill_chunk or self._budget, self._budget)
+        self._policy = policy
+        self._kv = kv
+        self._max_model_len = max_model_len
+        self._clock = clock
+        self._admission_horizon = admission_horizon
+        self._requests: dict[str, _Live] = {}
+        self._waiting: list[tuple[Rank, Sequence]] = []  # sorted
+        self._prompts: list[Sequence] = []
+        self._decodes: list[Sequence] = []
+        self._num_added = 0
+        self._num_ended = 0
+        self._step = 0
+        self._num_step_decodes = 0
+        self._refused: tuple[Sequence, int] | None = None  # and num_releases when it did not fit
+        self.num_preemptions = 0
+        self.prefix_hit_tokens = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._prompts) + len(self._decodes)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; refuse at once, changing nothing, one that can never be served.
+
+        Raises RequestError for an empty or too long prompt or an id in use, and CapacityError when
+        the blocks of the whole cache could not hold one of its outputs.
+        """
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"request_id {request.request_id!r} is in use by an unfinished request; "
+                "give another, or abort that one"
+            )
+        end_length = checked_end_length(request, self._kv, self._max_model_len, self._max_chunk)
+        rank = self._policy.rank(request, self._clock())
+        live = _Live(request, rank, self._num_added, end_length)
+        self._num_added += 1
+        self._requests[request.request_id] = live
+        sequence = live.sequences[0] = Sequence(request)
+        if request.sampling.prompt_logprobs is not None:
+            sequence.prompt_logprobs.append(None)
+        self._wait(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """End all outputs of a request now, without a StepOutput; False: there is no such one.
+
+        Allowed at any time, also while a step runs: `finish` then skips its rows.
+        """
+        live = self._requests.get(request_id)
+        if live is None:
+            return False
+        for sequence in tuple(live.sequences.values()):
+            self._end(sequence, "abort")
+        self._drop_ended()
+        return True
+
+    def stop(self, request_id: str, index: int) -> bool:
+        """End one output that has tokens, because its text is complete, without a StepOutput."""
+        live = self._requests.get(request_id)
+        sequence = live.sequences.get(index) if live is not None else None
+        if sequence is None or sequence.num_output_tokens == 0:
+            return False
+        self._end(sequence, "stop")
+        self._drop_ended()
+        return True
+
+    def schedule(self) -> ScheduledStep | None:
+        """Fill the next step; None when no request is left.
+
+        Decodes first, each one token; with more of them than the budget, in turns. Then prompt
+        chunks in the policy's order, of running and of newly admitted sequences alike.
+        """
+        num_preemptions = self.num_preemptions
+        decodes = self._schedule_decodes()
+        chunks = self._schedule_prompts(len(decodes), self.num_preemptions > num_preemptions)
+        if self.num_preemptions > num_preemptions:
+            decodes = [sequence for sequence in decodes if sequence.row >= 0]
+            self._drop_ended()
+        if not decodes and not chunks:
+            assert not self._requests, "requests are left, and none of them can run"
+            return None
+        return self._make_step(decodes, chunks)
+
+    def _schedule_decodes(self) -> list[Sequence]:
+        """Return the decodes of this step, with room made for a token of each."""
+        kv, decodes, budget = self._kv, self._decodes, self._budget
+        if len(decodes) <= budget and not kv.rows_to_copy:
+            size = kv.block_size
+            due = [sequence for sequence in decodes if not sequence.num_computed_tokens % size]
+            if all(kv.extend(sequence, 1) for sequence in due):
+                return decodes.copy()
+        chosen: list[Sequence] = []
+        passed: list[Sequence] = []
+        for sequence in decodes:
+            if sequence.row < 0:
+                continue  # preempted for one before it
+            if len(chosen) < budget and self._make_room(sequence, 1):
+                chosen.append(sequence)
+            else:
+                passed.append(sequence)
+        if passed:
+            self._decodes = passed + chosen  # who was passed over is first next time
+        return chosen
+
+    def _schedule_prompts(
+        self, num_decodes: int, is_short_of_blocks: bool
+    ) -> list[tuple[Sequence, int]]:
+        """Return the prompts of this step and the size of each one's chunk, with room made."""
+        left = self._policy.prompt_tokens(self._budget, num_decodes)
+        running = [sequence for sequence in self._prompts if sequence.row >= 0]
+        unfinished = running.copy()  # who may still lack blocks after this step
+        running.sort(key=self._rank, reverse=True)  # first in the order at the end
+        may_admit = not is_short_of_blocks
+        chunks: list[tuple[Sequence, int]] = []
+        while left > 0:
+            head = self._waiting[0] if may_admit and self._waiting else None
+            is_new = head is not None and (not running or head[0] < self._rank(running[-1]))
+            if head is not None and is_new:
+                sequence = head[1]
+                if not self._admit(sequence, unfinished):
+                    may_admit = False
+                    continue
+            elif running:
+                sequence = running.pop()
+                if sequence.row < 0:
+                    continue  # preempted for one before it
+            else:
+                break
+            missing = len(sequence.token_ids) - sequence.num_computed_tokens
+            size = min(missing, left, self._max_chunk)
+            num_preemptions = self.num_preemptions
+            if self._make_room(sequence, size):
+                chunks.append((sequence, size))
+                left -= size
+                if is_new and size < missing:
+                    unfinished.append(sequence)
+            else:
+                may_admit = False
+            may_admit = may_admit and num_preemptions == self.num_preemptions
+        return chunks
+
+    def _admit(self, sequence: Sequence, unfinished: list[Sequence]) -> bool:
+        """Move the head of the queue to the running prompts, if rows and blocks allow it.
+
+        unfinished: running prompts that may still lack blocks, which are not taken from them.
+        """
+        kv = self._kv
+        if not kv.num_free_rows or self._refused == (sequence, kv.num_releases):
+            return False
+        prefix = kv.find_prefix(sequence)
+        spare = -(-self.num_running * self._admission_horizon // kv.block_size)
+        if not kv.can_admit(sequence, prefix, unfinished, spare, self._max_chunk):
+            self._refused = (sequence, kv.num_releases)
+            return False
+        del self._waiting[0]
+        kv.admit(sequence, prefix)
+        sequence.state = "running"
+        self._prompts.append(sequence)
+        self.prefix_hit_tokens += sequence.num_computed_tokens
+        if len(sequence.token_ids) == sequence.num_prompt_tokens:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        return True
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Find blocks for a running sequence's next tokens, from those after it in the order.
+
+        False when there are not enough and nobody is after it: it sits this step out.
+        """
+        while not self._kv.extend(sequence, num_tokens):
+            running = chain(self._decodes, self._prompts)
+            victim = max((other for other in running if other.row >= 0), key=self._rank)
+            if victim is sequence:
+                return False
+            self._kv.release(victim)
+            victim.num_computed_tokens = 0
+            victim.num_preemptions += 1
+            self.num_preemptions += 1
+            self._wait(victim)
+        return True
+
+    def _make_step(
+        self, decodes: list[Sequence], chunks: list[tuple[Sequence, int]]
+    ) -> ScheduledStep:
+        num_decodes = self._num_step_decodes = len(decodes)
+        self._step += 1
+        sources, sampled = list(range(num_decodes)), decodes.copy()
+        sequences, query_lens = decodes, [1] * num_decodes
+        for sequence, size in chunks:
+            if sequence.num_computed_tokens + size == len(sequence.token_ids):
+                outputs = self._outputs_of(sequence)
+                sources += [len(sequences)] * len(outputs)
+                sampled += outputs
+            sequences.append(sequence)
+            query_lens.append(size)
+        return ScheduledStep(
+            self._step, sequences, query_lens, sources, sampled, self._kv.take_copies()
+        )
+
+    def _outputs_of(self, sequence: Sequence) -> list[Sequence]:
+        """Return who receives a token after a sequence's last one: a fresh prompt forks into n."""
+        request = sequence.request
+        if sequence.index or len(sequence.token_ids) > sequence.num_prompt_tokens:
+            return [sequence]
+        forks = [Sequence(request, index) for index in range(1, request.sampling.n)]
+        for fork in forks:
+            fork.num_cached_tokens = sequence.num_cached_tokens
+            self._requests[request.request_id].sequences[fork.index] = fork
+        return [sequence, *forks]
+
+    def finish(self, step: ScheduledStep, output: SamplerOutput) -> list[StepOutput]:
+        """Append a step's tokens, end what is complete, and report what is new, in its order.
+
+        Rows that failed end with finish_reason "error" and are reported first.
+        """
+        assert step.step == self._step, f"step {step.step} finished, {self._step} runs"
+        num_ended = self._num_ended
+        outputs: list[StepOutput] = []
+        failed = {step.sample_sources[index] for index in output.errors} if output.errors else set()
+        self._finish_chunks(step, output, failed)
+        for index, error in output.errors.items():
+            if step.sampled[index].state != "finished":
+                outputs.append(self._fail(step.sampled[index], error))
+        self._finish_decodes(step, output, outputs)
+        self._finish_prompts(step, output, outputs)
+        if self._num_ended > num_ended:
+            self._drop_ended()
+        return outputs
+
+    def _finish_chunks(self, step: ScheduledStep, output: SamplerOutput, failed: set[int]) -> None:
+        """Note that the prompts' chunks are computed, and fork the prompts that are complete."""
+        completed = False
+        for index in range(self._num_step_decodes, len(step.sequences)):
+            sequence = step.sequences[index]
+            if sequence.row < 0:
+                continue
+            if index in output.prompt_logprobs:
+                _keep_prompt_logprobs(sequence, output.prompt_logprobs[index])
+            sequence.num_computed_tokens += step.query_lens[index]
+            if index not in failed:
+                self._kv.register(sequence)
+            if sequence.num_computed_tokens == len(sequence.token_ids):
+                completed = True
+                self._decodes.append(sequence)
+        if not completed:
+            return
+        self._prompts = [
+            sequence
+            for sequence in self._prompts
+            if sequence.num_computed_tokens < len(sequence.token_ids)
+        ]
+        for index in range(self._num_step_decodes, len(step.sampled)):
+            fork, parent = step.sampled[index], step.sequences[step.sample_sources[index]]
+            if fork is not parent and parent.row >= 0 and self._kv.fork(parent, fork):
+                fork.state = "running"
+                self._decodes.append(fork)
+
+    def _fail(self, sequence: Sequence, error: str) -> StepOutput:
+        is_first = sequence.num_output_tokens == 0
+        self._end(sequence, "error")
+        return StepOutput(
+            sequence.request.request_id,
+            sequence.index,
+            (),
+            (),
+            "error",
+            _prompt_logprobs(sequence) if is_first else None,
+            error,
+            sequence.num_cached_tokens if is_first else 0,
+        )
+
+    def _finish_decodes(
+        self, step: ScheduledStep, output: SamplerOutput, outputs: list[StepOutput]
+    ) -> None:
+        """Give the step's decodes their tokens: the one loop that runs for every token."""
+        kv, size, requests, report = self._kv, self._kv.block_size, self._requests, outputs.append
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        for index in range(self._num_step_decodes):
+            sequence = step.sampled[index]
+            if sequence.row < 0:
+                continue  # ended while the step ran
+            token = output.token_ids[index]
+            tokens = sequence.token_ids
+            sequence.num_computed_tokens = length = len(tokens)
+            tokens.append(token)
+            if not length % size:
+                kv.register(sequence)
+            request_id = sequence.request.request_id
+            live = requests[request_id]
+            if output.logprobs is not None:
+                logprobs = _entry(output.logprobs[index])
+            if token in live.stop_ids or length + 1 >= live.end_length:
+                reason = live.finish_reason(length + 1, token)
+                if reason is not None:
+                    self._end(sequence, reason)
+                report(StepOutput(request_id, sequence.index, (token,), logprobs, reason))
+            else:
+                report(StepOutput(request_id, sequence.index, (token,), logprobs))
+
+    def _finish_prompts(
+        self, step: ScheduledStep, output: SamplerOutput, outputs: list[StepOutput]
+    ) -> None:
+        """Give the prompts that are complete, and their forks, a token each."""
+        for index in range(self._num_step_decodes, len(step.sampled)):
+            sequence = step.sampled[index]
+            if sequence.state == "finished":
+                continue  # ended while the step ran
+            token, request_id = output.token_ids[index], sequence.request.request_id
+            sequence.token_ids.append(token)
+            is_first = sequence.num_output_tokens == 1
+            length = len(sequence.token_ids)
+            reason = self._requests[request_id].finish_reason(length, token)
+            if reason is not None:
+                self._end(sequence, reason)
+            elif sequence.row < 0:
+                self._wait(sequence)  # a fork for which there is no row: it is computed anew
+            outputs.append(
+                StepOutput(
+                    request_id,
+                    sequence.index,
+                    (token,),
+                    _entry(output.logprobs[index]) if output.logprobs is not None else (),
+                    reason,
+                    _prompt_logprobs(sequence) if is_first else None,
+                    None,
+                    sequence.num_cached_tokens if is_first else 0,
+                )
+            )
+
+    def _rank(self, sequence: Sequence) -> Rank:
+        live = self._requests[sequence.request.request_id]
+        return live.rank, live.order, sequence.index
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = "waiting"
+        insort(self._waiting, (self._rank(sequence), sequence))
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Take a sequence's blocks and its place in the queue; `_drop_ended` must follow."""
+        if sequence.row >= 0:
+            self._kv.release(sequence)
+        elif sequence.state == "waiting":
+            place = (self._rank(sequence), sequence)
+            index = bisect_left(self._waiting, place[0], key=lambda entry: entry[0])
+            if index < len(self._waiting) and self._waiting[index][1] is sequence:
+                del self._waiting[index]
+        sequence.state = "finished"
+        sequence.finish_reason = reason
+        self._num_ended += 1
+        request_id = sequence.request.request_id
+        live = self._requests[request_id]
+        del live.sequences[sequence.index]
+        if not live.sequences:
+            del self._requests[request_id]
+
+    def _drop_ended(self) -> None:
+        """Take those who have no row any more out of the running lists."""
+        self._decodes = [sequence for sequence in self._decodes if sequence.row >= 0]
+        self._prompts = [sequence for sequence in self._prompts if sequence.row >= 0]
+
+
+def _keep_prompt_logprobs(sequence: Sequence, entries: list[TokenLogprobs]) -> None:
+    """Keep the logprobs of the tokens after each of a chunk's, without those kept already."""
+    known, after = sequence.prompt_logprobs, sequence.num_computed_tokens + 1
+    known += entries[len(known) - after : max(0, sequence.num_prompt_tokens - after)]
+
+
+def _prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprobs | None, ...] | None:
+    if sequence.index or sequence.request.sampling.prompt_logprobs is None:
+        return None
+    return tuple(sequence.prompt_logprobs)
+
+
+def _entry(logprobs: TokenLogprobs | None) -> tuple[TokenLogprobs, ...]:
+    return () if logprobs is None else (logprobs,)

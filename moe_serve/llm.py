@@ -1,0 +1,439 @@
+"""`LLM`: one engine in this process, and prompts to texts through it.
+
+It tokenises, checks, gives seeds and ids, drives the engine and puts texts together; how a token is
+made is the engine's. One `LLM` belongs to one thread; several of its streams may be read in turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, Self, cast
+
+from moe_serve.config import EngineConfig, resolve_options
+from moe_serve.engine.build import build_engine
+from moe_serve.errors import ConfigError, RequestError
+from moe_serve.hub import resolve_model
+from moe_serve.models.hf_config import GenerationDefaults, read_generation_defaults
+from moe_serve.models.spec import ModelSpec
+from moe_serve.text.chat_template import ChatTemplate, load_chat_template, read_chat_template
+from moe_serve.text.progress import progress_bar
+from moe_serve.text.prompts import Message, PreparedRequest, Prompt, RequestMaker
+from moe_serve.text.request_output import RequestState
+from moe_serve.text.run_metrics import EngineStats, RunMeter, RunMetrics
+from moe_serve.text.tokenizer import Tokenizer, load_tokenizer
+from moe_serve.types import Request, RequestOutput, SamplingParams, StepOutput
+
+Conversation = Sequence[Message]
+
+
+class TokenEngine(Protocol):
+    """What `LLM` asks of an engine. See moe_serve/engine/engine.py."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def numerics_id(self) -> str: ...
+    @property
+    def has_unfinished(self) -> bool: ...
+    def add(self, request: Request) -> None: ...
+    def step(self) -> list[StepOutput]: ...
+    def abort(self, request_id: str) -> bool: ...
+    def stop(self, request_id: str, index: int) -> bool: ...
+    def stats(self) -> EngineStats: ...
+
+
+class LLM:
+    """A model that writes.
+
+    model: a folder, a hub name, or "demo-moe", the embedded one. options: the leaves of
+    `EngineConfig` by name (block_size=16, ...), which the environment (MOE_SERVE_BLOCK_SIZE) may
+    also set; or a whole `config`, which then stands alone. chat_template: a file that replaces the
+    model's own. Raises ConfigError, CheckpointError, or CapacityError when it does not fit.
+    """
+
+    last_run: RunMetrics | None = None
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        config: EngineConfig | None = None,
+        chat_template: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        if model is not None:
+            options["model"] = str(model)
+        if config is None:
+            config = EngineConfig.from_options(resolve_options(options))
+        elif options:
+            raise ConfigError(
+                f"config and {', '.join(sorted(options))} are both given; "
+                "set it in config, or leave config out"
+            )
+        weights = config.weights
+        folder = resolve_model(weights.model, weights.revision)
+        tokenizer_folder = folder
+        if weights.tokenizer is not None:
+            tokenizer_folder = resolve_model(weights.tokenizer, None)
+        tokenizer = load_tokenizer(tokenizer_folder)
+        special_tokens = {} if tokenizer is None else tokenizer.special_tokens
+        if chat_template is not None:
+            template: ChatTemplate | None = read_chat_template(Path(chat_template), special_tokens)
+        else:
+            template = load_chat_template(tokenizer_folder, special_tokens)
+        self._adopt(
+            build_engine(config, folder),
+            tokenizer,
+            read_generation_defaults(folder),
+            template,
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
+        engine: TokenEngine,
+        tokenizer: Tokenizer | None = None,
+        defaults: GenerationDefaults | None = None,
+        chat_template: ChatTemplate | None = None,
+    ) -> Self:
+        """Make one around an engine that is already there."""
+        llm = cls.__new__(cls)
+        llm._adopt(engine, tokenizer, defaults or GenerationDefaults(), chat_template)
+        return llm
+
+    def _adopt(
+        self,
+        engine: TokenEngine,
+        tokenizer: Tokenizer | None,
+        defaults: GenerationDefaults,
+        chat_template: ChatTemplate | None,
+    ) -> None:
+        if tokenizer is not None:
+            tokenizer.check_fits(engine.spec.vocab_size)
+        eos_token_ids = defaults.eos_token_ids
+        if not eos_token_ids and tokenizer is not None and tokenizer.eos_id is not None:
+            eos_token_ids = frozenset({tokenizer.eos_id})
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.requests = RequestMaker(
+            vocab_size=engine.spec.vocab_size,
+            max_model_len=engine.max_model_len,
+            tokenizer=tokenizer,
+            eos_token_ids=eos_token_ids,
+            chat_template=chat_template,
+            base_seed=engine.config.runtime.seed,
+        )
+        self._defaults = defaults
+        self._num_made = 0
+        self._active: dict[str, _Served] = {}
+
+    @property
+    def model(self) -> str:
+        """The model's name, as it was given."""
+        return self.engine.config.weights.model
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.requests.chat_template is not None
+
+    def default_sampling_params(self) -> SamplingParams:
+        """Return what the model's generation_config suggests; else the defaults of the class."""
+        defaults = self._defaults
+        named = {
+            "temperature": defaults.temperature,
+            "top_p": defaults.top_p,
+            "top_k": defaults.top_k,
+            "min_p": defaults.min_p,
+            "repetition_penalty": defaults.repetition_penalty,
+            "max_tokens": defaults.max_new_tokens,
+        }
+        return SamplingParams.from_mapping({k: v for k, v in named.items() if v is not None})
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Return each prompt's outputs, in the order of the prompts.
+
+        prompts: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; or a list of such.
+        sampling_params: one for all, or one for each; None: `default_sampling_params()`.
+        use_tqdm: a progress bar on stderr; None: when that is a terminal.
+        All prompts are checked before the first runs: a bad one is a RequestError that names its
+        place, and nothing ran. A prompt without a seed gets one from the `seed` option and how many
+        prompts this LLM took before, so a program repeats itself.
+        """
+        listed = _prompt_list(prompts)
+        params = self._params_list(sampling_params, len(listed))
+        return self._generate(listed, params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Return the assistant's next words: as `generate`, after the model's chat template.
+
+        messages: one conversation, [{"role": ..., "content": ...}, ...], or a list of such.
+        """
+        many = isinstance(messages, Sequence) and messages and not isinstance(messages[0], Mapping)
+        conversations = cast("list[Conversation]", messages if many else [messages])
+        prompts: list[Prompt] = []
+        for index, conversation in enumerate(conversations):
+            with _naming("conversation", index, len(conversations)):
+                prompts.append(self.requests.chat_prompt(conversation))
+        params = self._params_list(sampling_params, len(prompts))
+        return self._generate(prompts, params, use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Yield a prompt's outputs whenever they grew: each time all there is since the start.
+
+        The prompt is checked at once. Closing the iterator aborts the request.
+        """
+        prepared = self.prepare(prompt, sampling_params or self.default_sampling_params())
+        return self._stream(prepared)
+
+    def stream_text(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """Yield the new text only, of a request with n = 1; joined it is the output's text."""
+        sampling = sampling_params or self.default_sampling_params()
+        if sampling.n != 1:
+            raise RequestError(f"n is {sampling.n}; stream_text gives one text: use stream")
+        stream = self.stream(prompt, sampling)
+        return self._pieces(stream)
+
+    def prepare(
+        self, prompt: Prompt, sampling: SamplingParams, *, index: int | None = None
+    ) -> PreparedRequest:
+        """Check one prompt and make its request.
+
+        index: what its id and seed are made of; None: how many this LLM took before.
+        """
+        if index is not None:
+            return self.requests.make(prompt, sampling, index=index)
+        prepared = self.requests.make(prompt, sampling, index=self._num_made)
+        self._num_made += 1
+        return prepared
+
+    def serve(self, prepared: Iterable[PreparedRequest | None]) -> Iterator[RequestOutput]:
+        """Yield each request's outputs when it has finished: first done, first out.
+
+        Requests are taken from `prepared` before each step until it ends or gives None: nothing for
+        now, although something is being served. A request that the engine refuses ends with an
+        error output; the others go on.
+        """
+        run = _Run(self, prepared)
+        try:
+            while changed := run.advance():
+                for served in changed:
+                    if served.state.is_finished:
+                        yield run.finish(served)
+        finally:
+            run.close()
+
+    def _generate(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool | None
+    ) -> list[RequestOutput]:
+        first = self._num_made
+        prepared = []
+        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            with _naming("prompt", index, len(prompts)):
+                prepared.append(self.prepare(prompt, sampling, index=first + index))
+        self._num_made += len(prepared)
+        run = _Run(self, prepared)
+        try:
+            for index, _ in enumerate(prepared):
+                with _naming("prompt", index, len(prompts)):
+                    run.admit_next()
+            finished: dict[str, RequestOutput] = {}
+            with progress_bar(len(prepared), is_shown=use_tqdm) as bar:
+                while changed := run.advance():
+                    for served in changed:
+                        if served.state.is_finished:
+                            output = run.finish(served)
+                            finished[output.request_id] = output
+                            bar.advance(sum(len(o.token_ids) for o in output.outputs))
+        finally:
+            run.close()
+        return [finished[p.request.request_id] for p in prepared]
+
+    def _stream(self, prepared: PreparedRequest) -> Iterator[RequestOutput]:
+        run = _Run(self, [prepared])
+        try:
+            run.admit_next()
+            while changed := run.advance():
+                for served in changed:
+                    is_finished = served.state.is_finished
+                    yield run.finish(served) if is_finished else served.state.output()
+        finally:
+            run.close()
+
+    def _pieces(self, stream: Iterator[RequestOutput]) -> Iterator[str]:
+        num_shown = 0
+        for output in stream:
+            text = output.outputs[0].text
+            if len(text) > num_shown:
+                yield text[num_shown:]
+                num_shown = len(text)
+
+    def _params_list(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if given is None:
+            given = self.default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise RequestError(
+                f"sampling_params is of type {type(given).__name__}; it must be SamplingParams"
+            )
+        if len(given) != count:
+            raise RequestError(
+                f"{len(given)} sampling_params for {count} prompts; give one, or one for each"
+            )
+        return given
+
+    def _step(self) -> None:
+        """Run one step and tell every request it served, whoever waits for it."""
+        outputs = self.engine.step()
+        now_s = time.monotonic()
+        for step in outputs:
+            served = self._active.get(step.request_id)
+            if served is None:
+                continue
+            if served.state.update(step, now_s):
+                self.engine.stop(step.request_id, step.index)
+            served.notify()
+
+
+class _Served:
+    """A request in the engine, and the inbox of the run that waits for it."""
+
+    def __init__(self, state: RequestState, inbox: deque[_Served]) -> None:
+        self.state = state
+        self._inbox = inbox
+        self.is_notified = False
+
+    def notify(self) -> None:
+        if not self.is_notified:
+            self.is_notified = True
+            self._inbox.append(self)
+
+
+class _Run:
+    """Some requests, driven until all have ended; its figures go to `LLM.last_run`."""
+
+    def __init__(self, llm: LLM, prepared: Iterable[PreparedRequest | None]) -> None:
+        self._llm = llm
+        self._source = iter(prepared)
+        self._inbox: deque[_Served] = deque()
+        self._mine: dict[str, _Served] = {}
+        self._meter = RunMeter(llm.engine.stats())
+
+    def admit_next(self) -> bool:
+        """Give the engine the next request; False if there is none. What it refuses is raised."""
+        prepared = next(self._source, None)
+        if prepared is None:
+            return False
+        self._add(prepared)
+        return True
+
+    def _add(self, prepared: PreparedRequest) -> None:
+        """Raises CapacityError or RequestError, and is then as before."""
+        llm = self._llm
+        request = dataclasses.replace(prepared.request, arrival_s=time.monotonic())
+        if request.request_id in llm._active:
+            raise RequestError(f"request {request.request_id} is already being served")
+        llm.engine.add(request)
+        served = _Served(RequestState(request, prepared.prompt, llm.tokenizer), self._inbox)
+        llm._active[request.request_id] = self._mine[request.request_id] = served
+
+    def advance(self) -> list[_Served]:
+        """Take in what is ready, step until something of this run changed, and return what did.
+
+        Empty when all have ended and no request is left.
+        """
+        while not self._inbox:
+            self._fill()
+            if self._inbox:
+                break
+            if not self._mine:
+                return []
+            assert self._llm.engine.has_unfinished, "the engine lost a request"
+            self._llm._step()
+        changed = list(self._inbox)
+        self._inbox.clear()
+        for served in changed:
+            served.is_notified = False
+        return changed
+
+    def _fill(self) -> None:
+        while (prepared := next(self._source, None)) is not None:
+            try:
+                self._add(prepared)
+            except RequestError as error:
+                self._refuse(prepared, str(error))
+
+    def _refuse(self, prepared: PreparedRequest, why: str) -> None:
+        state = RequestState(prepared.request, prepared.prompt, self._llm.tokenizer)
+        state.fail(why)
+        served = _Served(state, self._inbox)
+        request_id = prepared.request.request_id
+        self._llm._active[request_id] = self._mine[request_id] = served
+        served.notify()
+
+    def finish(self, served: _Served) -> RequestOutput:
+        """Forget a request that has ended and return what it gave."""
+        output = served.state.output()
+        del self._llm._active[output.request_id], self._mine[output.request_id]
+        self._meter.add(output)
+        return output
+
+    def close(self) -> None:
+        """Abort what has not ended, and leave the run's figures."""
+        llm = self._llm
+        for request_id in self._mine:
+            llm.engine.abort(request_id)
+            del llm._active[request_id]
+        self._mine.clear()
+        llm.last_run = self._meter.read(llm.engine.stats())
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """Return a list of prompts, also where one was given bare."""
+    if isinstance(prompts, str | Mapping):
+        return [cast(Prompt, prompts)]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(
+            f"prompts is of type {type(prompts).__name__}; it must be text, token ids, or a list"
+        )
+    if prompts and isinstance(prompts[0], int):
+        return [cast(Prompt, prompts)]
+    return cast("Sequence[Prompt]", prompts)
+
+
+@contextmanager
+def _naming(what: str, index: int, count: int) -> Iterator[None]:
+    """Say which of `count` things a RequestError is about."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        raise type(error)(f"{what} {index}: {error}") from error

@@ -1,0 +1,222 @@
+"""What a caller sends, made into `Request`s: tokenised, checked, with every choice made.
+
+All checks that need no engine are here, so that a bad prompt is refused before any work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from moe_serve.errors import CapacityError, RequestError
+from moe_serve.text.chat_template import ChatTemplate
+from moe_serve.text.tokenizer import Tokenizer
+from moe_serve.types import Request, SamplingParams
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids."""
+
+    prompt_token_ids: Sequence[int]
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedRequest:
+    """A request, and the text it was made of (None: it came as token ids)."""
+
+    request: Request
+    prompt: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestMaker:
+    """Makes requests for one model.
+
+    vocab_size and max_model_len are the model's; tokenizer and chat_template may be missing, which
+    only refuses what needs them. base_seed: of requests that bring no seed.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    tokenizer: Tokenizer | None
+    eos_token_ids: frozenset[int] = frozenset()
+    chat_template: ChatTemplate | None = None
+    base_seed: int = 0
+    _bad_words: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict, repr=False)
+
+    def make(
+        self, prompt: Prompt, sampling: SamplingParams, *, index: int, arrival_s: float = 0.0
+    ) -> PreparedRequest:
+        """Check and tokenise one prompt; `index` is what its id and its seed are made of."""
+        text, token_ids = self._tokens(prompt)
+        self._check_prompt(token_ids)
+        self._check_sampling(sampling)
+        request = Request(
+            request_id=f"request-{index}",
+            prompt_ids=tuple(token_ids),
+            sampling=sampling,
+            seed=derived_seed(self.base_seed, index) if sampling.seed is None else sampling.seed,
+            eos_token_ids=self.eos_token_ids,
+            bad_words_ids=self._bad_words_ids(sampling.bad_words),
+            arrival_s=arrival_s,
+        )
+        return PreparedRequest(request=request, prompt=text)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> TokensPrompt:
+        """Return the prompt that the model's chat template makes of a conversation."""
+        conversation = read_messages(messages)
+        if self.chat_template is None:
+            raise RequestError(
+                "the model has no chat template (chat_template in tokenizer_config.json, or "
+                "chat_template.jinja): pass one as chat_template, or send plain text to generate"
+            )
+        text = self.chat_template.render(conversation)
+        return {"prompt_token_ids": self._encode(text, add_special_tokens=False)}
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        if isinstance(prompt, Mapping):
+            given = {"prompt", "prompt_token_ids"} & set(prompt)
+            if len(given) != 1 or len(prompt) != 1:
+                raise RequestError(
+                    f"a prompt with the keys {sorted(map(str, prompt))}; it must have exactly one, "
+                    "'prompt' or 'prompt_token_ids'"
+                )
+            (key,) = given
+            value: object = prompt[key]  # type: ignore[literal-required]
+            if isinstance(value, str) != (key == "prompt"):
+                wanted = "text" if key == "prompt" else "a list of token ids"
+                raise RequestError(f"{key} is of type {type(value).__name__}; it must be {wanted}")
+        else:
+            value = prompt
+        if isinstance(value, str):
+            return value, self._encode(value)
+        if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
+            raise RequestError(
+                f"a prompt of type {type(value).__name__}; it must be text or a list of token ids"
+            )
+        return None, value
+
+    def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError(_no_tokenizer("a prompt as text"))
+        if not text:
+            raise RequestError("prompt is empty (0 characters); give at least one")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"prompt has a lone surrogate {text[error.start]!r} at character {error.start}; "
+                "it must be valid Unicode"
+            ) from error
+        # no prompt of the context's length needs more characters than this: refused before work
+        limit = 256 * self.max_model_len
+        if len(text) > limit:
+            raise CapacityError(
+                f"prompt has {len(text)} characters; with a context of {self.max_model_len} tokens "
+                f"at most {limit} are read: shorten it"
+            )
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+        if len(token_ids) == 0:
+            raise RequestError("prompt is empty (0 tokens); give at least one")
+        if len(token_ids) >= self.max_model_len:
+            raise CapacityError(
+                f"prompt has {len(token_ids)} tokens; the context holds {self.max_model_len} with "
+                f"at least one of output: shorten it to {self.max_model_len - 1}"
+            )
+        for token_id in token_ids:
+            self._check_id("prompt", token_id)
+
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(
+                f"sampling_params is of type {type(sampling).__name__}; it must be SamplingParams"
+            )
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token_id in getattr(sampling, name) or ():
+                self._check_id(name, token_id)
+        if self.tokenizer is None:
+            for name in ("stop", "bad_words"):
+                if getattr(sampling, name):
+                    raise RequestError(_no_tokenizer(name))
+
+    def _check_id(self, name: str, token_id: object) -> None:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise RequestError(f"{name} holds {token_id!r}; token ids are integers")
+        if not 0 <= token_id < self.vocab_size:
+            raise RequestError(
+                f"{name} holds the token id {token_id}; the vocabulary has {self.vocab_size}, so "
+                f"ids are from 0 to {self.vocab_size - 1}"
+            )
+
+    def _bad_words_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            if word not in self._bad_words:
+                self._bad_words[word] = self._spellings(word)
+            found.extend(self._bad_words[word])
+        return tuple(found)
+
+    def _spellings(self, word: str) -> tuple[tuple[int, ...], ...]:
+        """Return the token sequences of a word at the start of a text and after a space."""
+        assert self.tokenizer is not None
+        spellings = (
+            self.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")
+        )
+        return tuple(dict.fromkeys(tuple(ids) for ids in spellings if ids))
+
+
+def read_messages(messages: object) -> list[dict[str, Any]]:
+    """Return a conversation as chat templates take it: a role each, and content as one text.
+
+    Content may be a list of {"type": "text", "text": ...}, which are joined with line breaks.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise RequestError(f"messages is {messages!r:.80}; it must be a list of messages")
+    return [_read_message(index, message) for index, message in enumerate(messages)]
+
+
+def _read_message(index: int, message: object) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"messages[{index}] has no role; write {{'role': ..., 'content': ...}}")
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, Mapping) else {} for part in content]
+        for part in parts:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RequestError(
+                    f"messages[{index}].content has a part of type {part.get('type')!r:.40}; "
+                    "only text is read here"
+                )
+        content = "\n".join(part["text"] for part in parts)
+    elif not isinstance(content, str) and not (content is None and "tool_calls" in message):
+        raise RequestError(
+            f"messages[{index}].content is of type {type(content).__name__}; it must be text"
+        )
+    return {**message, "content": content}
+
+
+def derived_seed(base_seed: int, index: int) -> int:
+    """Return a request's seed, unrelated to its neighbours': output i of n uses seed + i."""
+    digest = hashlib.blake2b(f"{base_seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2  # room for + i within 63 bits
+
+
+def _no_tokenizer(what: str) -> str:
+    return (
+        f"{what} needs a tokenizer and the model's folder has none: "
+        "name a folder with one as tokenizer, or send prompt_token_ids"
+    )

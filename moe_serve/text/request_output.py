@@ -1,0 +1,166 @@
+"""From a request's steps to what its caller sees: text, stop strings, times.
+
+One `RequestState` follows one request. Nothing here runs the engine; whoever does hands each
+`StepOutput` over and tells the engine about stop strings.
+"""
+
+from __future__ import annotations
+
+from moe_serve.text.detokenizer import Detokenizer, make_detokenizer
+from moe_serve.text.stop_strings import StopStrings
+from moe_serve.text.tokenizer import Tokenizer
+from moe_serve.types import (
+    CompletionOutput,
+    FinishReason,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    StepOutput,
+    TokenLogprobs,
+)
+
+
+class OutputState:
+    """One of a request's n outputs so far. `text` is what may be shown: it never shrinks."""
+
+    def __init__(self, index: int, sampling: SamplingParams, detokenizer: Detokenizer | None):
+        self.index = index
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
+        self._sampling = sampling
+        self._detokenizer = detokenizer
+        self._stop = StopStrings(sampling.stop)
+        self._held = ""
+
+    def update(self, step: StepOutput) -> bool:
+        """Take in what a step gave; return True if a stop string ended the output here."""
+        for position, token_id in enumerate(step.token_ids):
+            self.token_ids.append(token_id)
+            if step.logprobs:
+                self.logprobs.append(step.logprobs[position])
+            is_last = position == len(step.token_ids) - 1
+            if is_last and step.finish_reason == "stop" and not self._shows_stop_token:
+                continue  # an end token, or one of stop_token_ids, ends the text before it
+            if self._detokenizer is not None and self._show(self._detokenizer.push(token_id)):
+                self.finish_reason = "stop"
+                return True
+        if step.finish_reason is None:
+            return False
+        self.finish_reason, self.error = step.finish_reason, step.error
+        if self._detokenizer is not None and self._show(self._detokenizer.finish()):
+            self.finish_reason = "stop"
+            return True
+        self.text, self._held = self.text + self._held, ""
+        return False
+
+    @property
+    def _shows_stop_token(self) -> bool:
+        return self._sampling.include_stop_str_in_output
+
+    def _show(self, piece: str) -> bool:
+        """Add `piece` but for what may be the start of a stop string; cut and say so at a match."""
+        pending = self._held + piece
+        is_armed = len(self.token_ids) > self._sampling.min_tokens
+        match = self._stop.push(piece, is_armed)
+        if match is None:
+            num_shown = len(pending) - self._stop.num_held
+        else:
+            num_shown = len(self._held) + match.end
+            if not self._sampling.include_stop_str_in_output:
+                num_shown -= match.length
+        self.text += pending[:num_shown]
+        self._held = pending[num_shown:] if match is None else ""
+        return match is not None
+
+    def output(self) -> CompletionOutput:
+        return CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=tuple(self.token_ids),
+            logprobs=None if self._sampling.logprobs is None else tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            error=self.error,
+        )
+
+
+class RequestState:
+    """One request with all its outputs. Times are seconds on the clock of `Request.arrival_s`."""
+
+    def __init__(
+        self, request: Request, prompt: str | None = None, tokenizer: Tokenizer | None = None
+    ) -> None:
+        sampling = request.sampling
+        skips = sampling.skip_special_tokens
+        self.request = request
+        self.prompt = prompt
+        self.outputs = [
+            OutputState(
+                index,
+                sampling,
+                None
+                if tokenizer is None
+                else make_detokenizer(tokenizer, request.prompt_ids, skips),
+            )
+            for index in range(sampling.n)
+        ]
+        self.first_token_s: float | None = None
+        self.finished_s: float | None = None
+        self._num_unfinished = sampling.n
+        self._num_cached_tokens = 0
+        self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self._num_unfinished == 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(len(output.token_ids) for output in self.outputs)
+
+    def update(self, step: StepOutput, now_s: float) -> bool:
+        """Take in one step of one output; return True if the engine must be told to stop it.
+
+        What comes for an output that has ended is dropped.
+        """
+        output = self.outputs[step.index]
+        if output.finish_reason is not None:
+            return False
+        if step.token_ids and self.first_token_s is None:
+            self.first_token_s = now_s
+        if step.prompt_logprobs is not None:
+            self._prompt_logprobs = step.prompt_logprobs
+        self._num_cached_tokens = max(self._num_cached_tokens, step.num_cached_tokens)
+        has_stop_string = output.update(step)
+        if output.finish_reason is not None:
+            self._num_unfinished -= 1
+            self.finished_s = now_s
+        return has_stop_string and step.finish_reason is None
+
+    def fail(self, why: str) -> None:
+        """End a request that never ran: finish_reason "error" for all its outputs, and no times."""
+        for output in self.outputs:
+            output.finish_reason, output.error = "error", why
+        self._num_unfinished = 0
+
+    def output(self) -> RequestOutput:
+        """Return all there is so far: texts and token ids from the start, not only what is new."""
+        arrival_s = self.request.arrival_s
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.request.prompt_ids,
+            outputs=tuple(output.output() for output in self.outputs),
+            finished=self.is_finished,
+            prompt_logprobs=self._prompt_logprobs,
+            metrics=RequestMetrics(
+                ttft_s=None if self.first_token_s is None else self.first_token_s - arrival_s,
+                e2e_s=self.finished_s - arrival_s
+                if self.is_finished and self.finished_s is not None
+                else None,
+                num_cached_tokens=self._num_cached_tokens,
+            ),
+        )

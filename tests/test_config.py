@@ -1,0 +1,78 @@
+"""Options: where they come from, which source wins, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_serve.config import EngineConfig, option_fields, resolve_options
+from moe_serve.errors import ConfigError
+
+
+def test_names_are_unique_in_the_whole_tree() -> None:
+    names = [leaf.name for leaf in option_fields()]
+    assert len(names) == len(set(names))
+
+
+def test_leaves_land_in_their_branches() -> None:
+    config = EngineConfig.from_options({"block_size": 4, "max_num_seqs": 7, "model": "x"})
+    assert (config.kv.block_size, config.scheduler.max_num_seqs) == (4, 7)
+    assert config.weights.model == "x"
+    assert config.runtime == EngineConfig().runtime
+
+
+def test_flag_before_environment_before_file_before_default(tmp_path: Path) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text("block_size = 1\nmax_num_seqs = 1\nseed = 1\n")
+    environ = {"MOE_SERVE_BLOCK_SIZE": "2", "MOE_SERVE_MAX_NUM_SEQS": "2", "HOME": "/"}
+    options = resolve_options({"block_size": 3, "threads": None}, environ, file)
+    assert options == {"block_size": 3, "max_num_seqs": 2, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"blok_size": 4}, "no option 'blok_size'; did you mean 'block_size'?"),
+        ({"block_size": 0}, "block_size is 0; it must be from 1 to 64"),
+        ({"block_size": 65}, "block_size is 65; it must be from 1 to 64"),
+        ({"block_size": "16"}, "block_size is '16'; it must be of type int"),
+        ({"block_size": True}, "block_size is True; it must be of type int"),
+        ({"block_size": None}, "block_size is None; it must be of type int"),
+        ({"enable_prefix_caching": 1}, "must be of type bool"),
+        ({"kv_cache_gb": -1.0}, "kv_cache_gb is -1.0; it must be above 0"),
+        ({"kv_cache_gb": 1, "num_kv_blocks": 5}, "give one"),
+        ({"dtype": "float3"}, "did you mean 'float32'?"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be at least 1"),
+        ({"threads": 0}, "threads is 0; it must be at least 1"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_named(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.from_options(options)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"MOE_SERVE_BLOK_SIZE": "4"}, "MOE_SERVE_BLOK_SIZE: no such option; did you mean"),
+        ({"MOE_SERVE_BLOCK_SIZE": "four"}, "MOE_SERVE_BLOCK_SIZE is 'four'"),
+        ({"MOE_SERVE_ENABLE_PREFIX_CACHING": "maybe"}, "use 1 or 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_variable_is_named(environ: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_options({}, environ)
+    assert says in str(caught.value)
+
+
+def test_a_wrong_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "engine.toml"
+    with pytest.raises(ConfigError, match=r"engine\.toml: cannot be read"):
+        resolve_options({}, {}, file)
+    file.write_text("block_size == 3")
+    with pytest.raises(ConfigError, match=r"engine\.toml: not TOML"):
+        resolve_options({}, {}, file)
