@@ -178,10 +178,13 @@ class Scheduler:
         for sequence in decodes:
             if sequence.row < 0:
                 continue  # preempted for one before it
+            num_preemptions = self.num_preemptions
             if len(chosen) < budget and self._make_room(sequence, 1):
                 chosen.append(sequence)
             else:
                 passed.append(sequence)
+            if self.num_preemptions > num_preemptions:  # their share of the budget is free again
+                chosen = [other for other in chosen if other.row >= 0]
         if passed:
             self._decodes = passed + chosen  # who was passed over is first next time
         return chosen

@@ -223,6 +223,22 @@ def test_prompts_are_admitted_only_when_the_running_can_still_grow() -> None:
     assert not admitted_beside_one(horizon=8)
 
 
+@pytest.mark.parametrize(("num_blocks", "prompts"), [(5, (1, 1)), (4, (3, 1)), (9, (5, 1))])
+def test_a_preempted_decode_leaves_its_place_in_the_step_to_the_next(
+    num_blocks: int, prompts: tuple[int, int]
+) -> None:
+    engine = scheduler(num_blocks=num_blocks, budget=2, max_num_seqs=3, max_model_len=30)
+    for name, num_prompt in zip("ab", prompts, strict=True):
+        engine.add(request(name, num_prompt, n=2, max_tokens=12))
+    while engine.has_unfinished:
+        step = engine.schedule()
+        assert step is not None
+        first = min((*engine._decodes, *engine._prompts), key=engine._rank)
+        assert first in step.sequences or step.num_tokens == 2
+        engine.finish(step, SamplerOutput([counting(sequence) for sequence in step.sampled]))
+    assert engine.num_preemptions > 0
+
+
 def test_a_step_whose_prompt_preempts_admits_nobody() -> None:
     engine = scheduler(num_blocks=8, chunk=4, policy="priority")
     engine.add(request("victim", 4, priority=5, max_tokens=20))

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# tokens whose float32 sums are worked on at once, so that they stay in a core's cache
+_CACHED_ROWS = 256
+
 
 def combine(
     rows: Tensor, pair_of_choice: Tensor, weights: Tensor, shared: Tensor | None = None
@@ -18,9 +21,15 @@ def combine(
     rows: [num_pairs, hidden_size]; pair_of_choice: int64 [num_tokens, top_k], which row holds a
     token's k-th choice; weights: float32 [num_tokens, top_k]; shared: float32, like the result.
     """
-    total = torch.zeros(weights.shape[0], rows.shape[1], device=rows.device)
-    for choice in range(weights.shape[1]):
-        total += weights[:, choice : choice + 1] * rows[pair_of_choice[:, choice]].float()
-    if shared is not None:
-        total += shared
-    return total.to(rows.dtype)
+    num_tokens, top_k = weights.shape
+    out = rows.new_empty(num_tokens, rows.shape[1])
+    for start in range(0, num_tokens, _CACHED_ROWS):
+        part = slice(start, start + _CACHED_ROWS)
+        pairs, factors = pair_of_choice[part], weights[part]
+        total = torch.zeros(pairs.shape[0], rows.shape[1], device=rows.device)
+        for choice in range(top_k):
+            total += rows[pairs[:, choice]].float().mul_(factors[:, choice : choice + 1])
+        if shared is not None:
+            total += shared[part]
+        out[part] = total
+    return out

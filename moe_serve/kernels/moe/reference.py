@@ -12,14 +12,21 @@ from torch import Tensor
 
 from moe_serve.kernels.linear.reference import padded_rows
 
+# rows of float32 that are worked on at once, so that they stay in a core's cache
+_CACHED_ROWS = 256
+
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up for rows that hold gate and up side by side, [..., 2 * size]."""
-    size = gate_up.shape[-1] // 2
-    wide = gate_up.float()
-    gate, up = wide[..., :size], wide[..., size:]
-    # F.silu's vector body and scalar tail differ in the last bit: a row's place would show
-    return (gate / (1.0 + torch.exp(-gate)) * up).to(gate_up.dtype)
+    """Return silu(gate) * up for rows that hold both side by side, [num_rows, 2 * size]."""
+    size = gate_up.shape[1] // 2
+    out = gate_up.new_empty(gate_up.shape[0], size)
+    for start in range(0, gate_up.shape[0], _CACHED_ROWS):
+        wide = gate_up[start : start + _CACHED_ROWS].float()
+        gate, up = wide[:, :size], wide[:, size:]
+        # F.silu's vector body and scalar tail differ in the last bit: a row's place would show
+        denominator = torch.exp(-gate).add_(1.0)
+        out[start : start + _CACHED_ROWS] = torch.div(gate, denominator, out=denominator).mul_(up)
+    return out
 
 
 def moe(

@@ -1,0 +1,24 @@
+"""What a system under measurement is: one file here, whose name is its name on the command line.
+
+A file defines `build(model, threads) -> System`; nothing heavy is imported before `build` runs, and
+an ImportError there means that the system is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class System(Protocol):
+    """A loaded model. version: what is measured, for the record; numerics_id: ours only."""
+
+    version: str
+    numerics_id: str | None
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
+        """Continue every prompt greedily by exactly `output_tokens`, whatever is sampled.
+
+        prompts: token ids, all of one length. Returns how many tokens each prompt was given.
+        """
+        ...

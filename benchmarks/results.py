@@ -1,0 +1,146 @@
+"""The one form in which figures are kept: benchmarks/results/<date>-<name>-<machine>.json.
+
+Whoever runs a file's `command` at its `commit` gets its figures again; `dirty` says that the tree
+held more than the commit did. No host name is written, only what the machine is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEMA = 1
+
+_VENDORS = ("amd epyc", "amd ryzen", "intel xeon", "intel core", "neoverse", "apple")
+# The best first: the instruction set that decides how fast a matrix product can be.
+_FLAGS = (
+    ("amx_bf16", "amxbf16"),
+    ("avx512_bf16", "avx512bf16"),
+    ("avx512f", "avx512"),
+    ("avx2", "avx2"),
+    ("bf16", "armbf16"),
+    ("asimd", "neon"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure. value: what is reported, in `unit`; the spread is over n samples.
+
+    limit: the most (or least) that this machine could give, in `unit`, or None where there is none.
+    ratio: of this figure to what the row's name says it is compared with, or None.
+    """
+
+    name: str
+    value: float
+    unit: str
+    median: float
+    min: float
+    max: float
+    n: int
+    limit: float | None = None
+    ratio: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        samples: Sequence[float],
+        unit: str,
+        *,
+        limit: float | None = None,
+        ratio: float | None = None,
+    ) -> Row:
+        """Summarise samples: the value is their median. Raises ValueError when there is none."""
+        if not samples:
+            raise ValueError(f"{name}: no samples; measure at least once")
+        median = statistics.median(samples)
+        return cls(
+            name, median, unit, median, min(samples), max(samples), len(samples), limit, ratio
+        )
+
+
+def describe_machine(cpuinfo: str, num_cores: int) -> str:
+    """Return a short description, such as "amd-epyc-2c-avx512bf16", of a /proc/cpuinfo text."""
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    words = re.sub(r"\((r|tm)\)", "", model.group(1).lower()) if model else "cpu"
+    name = next((vendor for vendor in _VENDORS if vendor in words), words.split("@")[0])
+    name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = set(line.group(1).split()) if line else set()
+    best = next((label for flag, label in _FLAGS if flag in flags), None)
+    return "-".join(part for part in (name, f"{num_cores}c", best) if part)
+
+
+def this_machine(accelerator: str | None = None) -> str:
+    """Describe the machine that runs this; `accelerator` is a device's name, as CUDA gives it."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except FileNotFoundError:  # not Linux
+        cpuinfo = ""
+    try:
+        num_cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        num_cores = os.cpu_count() or 1
+    cpu = describe_machine(cpuinfo, num_cores)
+    return f"{re.sub(r'[^a-z0-9]+', '-', accelerator.lower())}-{cpu}" if accelerator else cpu
+
+
+def source_state(root: Path = ROOT) -> tuple[str, bool]:
+    """Return the commit of the tree, and whether it holds more than that (results do not count)."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD").strip()
+        changed = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True
+    return commit, bool(changed.strip())
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(("git", *arguments), cwd=root, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def write_results(
+    name: str,
+    rows: Iterable[Row],
+    *,
+    command: str,
+    numerics_id: str | None = None,
+    machine: str | None = None,
+    folder: Path = RESULTS,
+    today: datetime.date | None = None,
+) -> Path:
+    """Write rows as <yyyymmdd>-<name>-<machine>.json and return the path.
+
+    name: lower-case words and hyphens; with "peers" in it when other systems took part, with "gpu"
+    when a GPU did. numerics_id: what the engine under test calls its numerics; None when no engine
+    ran. A second run on one day replaces the first. Raises ValueError for a name that is no slug.
+    """
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise ValueError(f"name is {name!r}; use lower-case words joined by hyphens")
+    machine = machine or this_machine()
+    commit, dirty = source_state()
+    document = {
+        "schema": SCHEMA,
+        "command": command,
+        "commit": commit,
+        "dirty": dirty,
+        "machine": machine,
+        "numerics_id": numerics_id,
+        "rows": [asdict(row) for row in rows],
+    }
+    day = (today or datetime.date.today()).strftime("%Y%m%d")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{day}-{name}-{machine}.json"
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return path

@@ -1,0 +1,248 @@
+"""A batch answers every line, in order, once, whatever happens to the process."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_serve.batch import BatchReport, run_batch
+from moe_serve.config import EngineConfig
+from moe_serve.errors import ConfigError
+from moe_serve.llm import LLM
+from moe_serve.models.hf_config import GenerationDefaults
+from moe_serve.text.chat_template import ChatTemplate
+from moe_serve.text.tokenizer import load_tokenizer
+from tests.fake_engine import FakeEngine
+
+ROOT = Path(__file__).resolve().parents[1]
+EMBEDDED = ROOT / "moe_serve" / "assets" / "demo-moe"
+
+
+def line(custom_id: object, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+    body = body or {"prompt": "Hi you", "max_tokens": 3}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def lines_of_many_lengths(count: int, longest: int = 40) -> list[dict[str, Any]]:
+    """Later lines often end before earlier ones."""
+    limits = [1 + (i * 37) % longest for i in range(count)]
+    return [
+        line(f"id-{i}", prompt=f"{i} one two three", max_tokens=limit, temperature=0.8)
+        for i, limit in enumerate(limits)
+    ]
+
+
+def make(engine: FakeEngine | None = None) -> LLM:
+    return LLM.from_parts(
+        engine or FakeEngine(EngineConfig.from_options({"max_num_seqs": 4}), error_id=5),
+        load_tokenizer(EMBEDDED),
+        GenerationDefaults(temperature=0.7),
+        ChatTemplate("<{{ messages[0].content }}>"),
+    )
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    answers = [json.loads(text) for text in path.read_text().splitlines()]
+    for answer in answers:
+        answer["response"]["body"].pop("created", None)
+    return answers
+
+
+def test_form_of_an_answer(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    source = write(
+        tmp_path / "in.jsonl",
+        [
+            line("a"),
+            line("b", "/v1/chat/completions", messages=messages, max_tokens=2, n=2),
+        ],
+    )
+    report = run_batch(make(), source, tmp_path / "out.jsonl")
+    assert report == BatchReport(num_lines=2, num_resumed=0, num_failed=0)
+    first, second = read(tmp_path / "out.jsonl")
+    assert first == {
+        "id": "batch_req_0",
+        "custom_id": "a",
+        "response": {
+            "status_code": 200,
+            "request_id": "request-0",
+            "body": {
+                "id": "cmpl-0",
+                "object": "text_completion",
+                "model": "demo-moe",
+                "choices": [
+                    {"text": "Hi you", "logprobs": None, "index": 0, "finish_reason": "length"}
+                ],
+                "usage": {
+                    "prompt_tokens": 3,
+                    "completion_tokens": 3,
+                    "total_tokens": 6,
+                    "prompt_tokens_details": {"cached_tokens": 0},
+                },
+            },
+        },
+        "error": None,
+    }
+    choices = second["response"]["body"]["choices"]
+    assert [choice["message"]["content"] for choice in choices] == ["<H", "Hi"]
+
+
+def test_order_is_the_inputs_and_the_window_is_bounded(tmp_path: Path) -> None:
+    engine = FakeEngine(EngineConfig.from_options({"max_num_seqs": 4}))
+    source = write(tmp_path / "in.jsonl", lines_of_many_lengths(50))
+    run_batch(make(engine), source, tmp_path / "out.jsonl")
+    answers = read(tmp_path / "out.jsonl")
+    assert [answer["custom_id"] for answer in answers] == [f"id-{i}" for i in range(50)]
+    counts = [answer["response"]["body"]["usage"]["completion_tokens"] for answer in answers]
+    assert counts == [1 + (i * 37) % 40 for i in range(50)]
+    assert engine.most_at_once == 8
+    assert len({request.seed for request in engine.added}) == 50
+
+
+BAD_LINES: tuple[tuple[Any, str | None, str], ...] = (
+    ("{not json", None, "not JSON"),
+    ("[1, 2]", None, "not a JSON object"),
+    ({"method": "POST", "url": "/v1/completions", "body": {}}, None, "custom_id is missing"),
+    ({"custom_id": "x", "url": "/v1/completions", "body": {}}, "x", "method is missing"),
+    ({"custom_id": "x", "method": "POST", "body": {}}, "x", "url is missing"),
+    ({"custom_id": "x", "method": "POST", "url": "/v1/completions"}, "x", "body is missing"),
+    (line(7), None, "custom_id is 7"),
+    ({**line("x"), "method": "GET"}, "x", "method is 'GET'"),
+    ({**line("x"), "priority": 1}, "x", "'priority' is unknown"),
+    ({**line("x"), "body": [1]}, "x", "body must be an object"),
+    (line("x", "/v1/embeddings"), "x", "/v1/embeddings"),
+    (line("x", prompt="a", tools=[]), "x", "'tools' is not supported"),
+    (line("x", prompt="a", temperature=-1), "x", "temperature is -1"),
+    (line("x", prompt=""), "x", "prompt is empty"),
+    (line("x", prompt=[9999]), "x", "9999"),
+    (line("x", prompt="word " * 300), "x", "256"),
+    (line("first"), "first", "is there twice"),
+)  # fmt: skip
+
+
+def test_bad_lines_are_answered_and_stop_nothing(tmp_path: Path) -> None:
+    bad = [{**b[0], "custom_id": f"x{i}"} if b[1] == "x" else b[0] for i, b in enumerate(BAD_LINES)]
+    source = write(tmp_path / "in.jsonl", [line("first"), *bad, "", line("last")])
+    report = run_batch(make(), source, tmp_path / "out.jsonl")
+    assert report == BatchReport(len(bad) + 2, 0, len(bad))
+    answers = read(tmp_path / "out.jsonl")
+    assert [answers[0]["custom_id"], answers[-1]["custom_id"]] == ["first", "last"]
+    assert answers[-1]["response"]["status_code"] == 200
+    for i, ((_, custom_id, says), answer) in enumerate(zip(BAD_LINES, answers[1:-1], strict=True)):
+        assert answer["custom_id"] == (f"x{i}" if custom_id == "x" else custom_id)
+        assert answer["response"]["status_code"] == 400
+        error = answer["response"]["body"]["error"]
+        assert says in error["message"]
+        assert error["type"] == "invalid_request_error"
+
+
+def test_engine_faults_are_500_and_refusals_400(tmp_path: Path) -> None:
+    engine = FakeEngine(error_id=5, capacity=10)
+    source = write(
+        tmp_path / "in.jsonl",
+        [line("nan", prompt=[5]), line("big", prompt=[41] * 20), line("good", prompt=[41])],
+    )
+    report = run_batch(make(engine), source, tmp_path / "out.jsonl")
+    assert report.num_failed == 2
+    codes = [answer["response"]["status_code"] for answer in read(tmp_path / "out.jsonl")]
+    assert codes == [500, 400, 200]
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"id": "batch_req_7", "custom_id": "id-7", "resp'])
+def test_resume_at_any_line_gives_the_same_file(tmp_path: Path, torn: str) -> None:
+    source = write(tmp_path / "in.jsonl", ["junk", *lines_of_many_lengths(12)])
+    whole = tmp_path / "whole.jsonl"
+    run_batch(make(), source, whole)
+    texts = whole.read_text().splitlines(keepends=True)
+    for num_done in (0, 1, 7, 13):
+        target = tmp_path / f"{num_done}.jsonl"
+        target.write_text("".join(texts[:num_done]) + (torn if num_done else ""))
+        report = run_batch(make(), source, target)
+        assert report.num_lines == 13
+        assert report.num_resumed == num_done
+        assert read(target) == read(whole)
+
+
+def test_a_duplicate_is_seen_across_a_resume(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [line("a"), line("b"), line("a")])
+    whole = tmp_path / "whole.jsonl"
+    run_batch(make(), source, whole)
+    half = tmp_path / "half.jsonl"
+    half.write_text("".join(whole.read_text().splitlines(keepends=True)[:1]))
+    run_batch(make(), source, half)
+    assert read(half) == read(whole)
+    assert read(half)[2]["response"]["status_code"] == 400
+
+
+def test_an_output_of_another_input_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    run_batch(make(), write(tmp_path / "in.jsonl", [line("a"), line("b")]), target)
+    before = target.read_bytes()
+    other = write(tmp_path / "other.jsonl", [line("a"), line("c"), line("d")])
+    with pytest.raises(ConfigError, match=r"custom_id 'b', but .* has 'c' there"):
+        run_batch(make(), other, target)
+    shorter = write(tmp_path / "shorter.jsonl", [line("a")])
+    with pytest.raises(ConfigError, match="2 answers for the 1 lines"):
+        run_batch(make(), shorter, target)
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["my notes\n", "my notes", "a\nb\nc\n", '{"a": 1}\n'])
+def test_a_file_that_is_no_output_is_left_alone(tmp_path: Path, text: str) -> None:
+    source = write(tmp_path / "in.jsonl", [line("a")])
+    target = tmp_path / "out.jsonl"
+    target.write_text(text)
+    with pytest.raises(ConfigError, match=r"no (output|answer) of a batch"):
+        run_batch(make(), source, target)
+    assert target.read_text() == text
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [line("a")])
+    with pytest.raises(ConfigError, match="is the input"):
+        run_batch(make(), source, source)
+    with pytest.raises(ConfigError, match=r"none\.jsonl: cannot be opened"):
+        run_batch(make(), tmp_path / "none.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        run_batch(make(), source, tmp_path / "no" / "out.jsonl")
+
+
+def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [line("a")])
+    target = tmp_path / "out.jsonl"
+    with target.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another run is writing it"):
+            run_batch(make(), source, target)
+    assert run_batch(make(), source, target).num_lines == 1
+
+
+@pytest.mark.parametrize(("engine", "count", "longest"), [("fake", 150, 40), ("real", 80, 8)])
+def test_killed_ten_times_and_resumed(
+    tmp_path: Path, engine: str, count: int, longest: int
+) -> None:
+    """No line is lost or repeated, and the texts are those of a run that nobody killed."""
+    source = write(tmp_path / "in.jsonl", lines_of_many_lengths(count, longest))
+    killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    command = [sys.executable, "-m", "tests.batch_killer", source, killed, whole, "10", engine]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answers_left = [int(word) for word in done.stdout.split()]
+    assert len(answers_left) == 10
+    assert len(set(answers_left)) > 3  # kills fell in different places
+    assert len(read(whole)) == count
+    assert read(killed) == read(whole)

@@ -1,0 +1,355 @@
+"""The command line: its flags, its streams, its exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_serve.llm
+from moe_serve import cli
+from moe_serve.config import EngineConfig
+from tests.bad_requests import BAD_COMMANDS
+from tests.fake_engine import FakeEngine
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINE_FLAGS = {
+    "--model", "--tokenizer", "--revision", "--dtype", "--load-format", "--max-model-len",
+    "--block-size", "--num-kv-blocks", "--kv-cache-gb",
+    "--enable-prefix-caching", "--no-enable-prefix-caching",
+    "--max-num-seqs", "--max-num-batched-tokens", "--max-prefill-chunk", "--scheduling-policy",
+    "--kernels", "--threads", "--seed", "--config", "--debug", "--help",
+}  # fmt: skip
+SAMPLING_FLAGS = {
+    "--max-tokens", "--min-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--n",
+    "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--stop", "--ignore-eos",
+    "--logprobs",
+}  # fmt: skip
+BENCH_FLAGS = {"--input-len", "--output-len", "--num-iters", "--json"}
+FLAGS = {
+    "generate": ENGINE_FLAGS
+    | SAMPLING_FLAGS
+    | {"--prompts", "--limit", "--chat-template", "--json"},
+    "chat": ENGINE_FLAGS | SAMPLING_FLAGS | {"--chat-template"},
+    "batch": ENGINE_FLAGS | {"--chat-template"},
+    "bench latency": ENGINE_FLAGS | BENCH_FLAGS | {"--batch-size"},
+    "bench throughput": ENGINE_FLAGS | BENCH_FLAGS | {"--num-prompts"},
+}
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
+    """Let every command run on an engine without a model; the list is of those that were built."""
+    built: list[FakeEngine] = []
+
+    def build(config: EngineConfig, folder: Path) -> FakeEngine:
+        built.append(FakeEngine(config, error_id=5))
+        return built[-1]
+
+    monkeypatch.setattr(moe_serve.llm, "build_engine", build)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    return built
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom moe_serve.cli import run\ncode = run(sys.argv[1:])\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy or code else 0)"
+    )
+    for arguments in (["--help"], ["generate", "--help"], []):
+        times = []
+        for _ in range(3):
+            start_s = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, "-c", code, *arguments],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            times.append(time.monotonic() - start_s)
+            assert done.returncode == 0, done.stderr
+            assert "Usage: moe-serve" in done.stdout
+            if times[-1] < 0.5:
+                break
+        assert min(times) < 0.5, times
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_flags_are_these(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*verb.split(), "--help"]) == 0
+    words = capsys.readouterr().out.replace(" / ", "\n  ").splitlines()
+    shown = {line.split()[0] for line in words if line.startswith("  --")}
+    assert shown == FLAGS[verb]
+
+
+def test_verbs_are_these(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["--help"])
+    commands = capsys.readouterr().out.partition("Commands:\n")[2]
+    assert [line.split()[0] for line in commands.splitlines() if line.startswith("  ")] == [
+        "generate",
+        "chat",
+        "batch",
+        "bench",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [b[1:] for b in BAD_COMMANDS], ids=[b[0] for b in BAD_COMMANDS]
+)
+@pytest.mark.usefixtures("engines")
+def test_bad_usage_is_one_line_and_exit_code_2(
+    arguments: list[str], says: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["generate", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("moe-serve: error: ")
+    assert captured.err.count("\n") == 1
+    assert all(part in captured.err for part in says), captured.err
+
+
+def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generat"]) == 2
+    assert "'generate'" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_exit_code_3(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generate", "x", "--model", "/no/such/folder"]) == 3
+    assert "/no/such/folder" in capsys.readouterr().err
+
+
+def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--debug", "generate", "x", "--n", "0"], ["generate", "x", "--n", "0"]):
+        assert cli.run(arguments) == 2
+        assert ("Traceback" in capsys.readouterr().err) == ("--debug" in arguments)
+
+
+def test_our_own_fault_is_exit_code_1(
+    engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: FakeEngine) -> Any:
+        raise RuntimeError("lost\x1b[31m\nmy way")
+
+    monkeypatch.setattr(FakeEngine, "step", broken)
+    assert cli.run(["generate", "x"]) == 1
+    error = capsys.readouterr().err
+    assert "a fault in moe-serve: RuntimeError: lost\\x1b[31m\\nmy way" in error
+    assert "\x1b" not in error
+
+
+def test_one_prompt_streams_its_text(
+    engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["generate", "Hi you", "--max-tokens", "2", "--temperature", "0"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Hi\n"
+    assert captured.err.startswith("first token ")
+    assert captured.err.count("\n") == 1
+    (request,) = engines[0].added
+    assert (request.sampling.temperature, request.sampling.top_p) == (0.0, 0.95)  # the model's
+
+
+def test_several_outputs_have_headers(
+    engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["generate", "Hi", "you", "--max-tokens", "1", "--n", "2"]) == 0
+    assert capsys.readouterr().out == (
+        "=== prompt 0, output 0 (length) ===\nH\n=== prompt 0, output 1 (length) ===\ni\n"
+        "=== prompt 1, output 0 (length) ===\nyou\n=== prompt 1, output 1 (length) ===\nyou\n"
+    )
+
+
+def test_flags_reach_the_engine(engines: list[FakeEngine]) -> None:
+    flags = ["--block-size", "8", "--no-enable-prefix-caching", "--seed", "3", "--kv-cache-gb", "1"]
+    assert cli.run(["generate", "x", "--stop", "a", "--stop", "b", "--ignore-eos", *flags]) == 0
+    config = engines[0].config
+    assert (config.kv.block_size, config.kv.enable_prefix_caching) == (8, False)
+    assert (config.runtime.seed, config.kv.kv_cache_gb) == (3, 1.0)
+    sampling = engines[0].added[0].sampling
+    assert (sampling.stop, sampling.ignore_eos, sampling.max_tokens) == (("a", "b"), True, 128)
+
+
+def test_flag_over_environment_over_file(
+    engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "c.toml").write_text("block_size = 4\nmax_num_seqs = 5\nseed = 6\n")
+    monkeypatch.setenv("MOE_SERVE_BLOCK_SIZE", "7")
+    monkeypatch.setenv("MOE_SERVE_MAX_NUM_SEQS", "8")
+    config_flag = ["--config", str(tmp_path / "c.toml")]
+    assert cli.run(["generate", "x", *config_flag, "--block-size", "9"]) == 0
+    config = engines[0].config
+    assert config.kv.block_size == 9
+    assert config.scheduler.max_num_seqs == 8
+    assert config.runtime.seed == 6
+
+
+def test_json_is_the_only_thing_on_stdout(
+    engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["Hi", "you", "--json", "--max-tokens", "2", "--logprobs", "1", "--n", "2"]
+    assert cli.run(["generate", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report) == [
+        "schema", "model", "numerics_id", "outputs", "metrics", "experts", "ranks",
+    ]  # fmt: skip
+    assert (report["schema"], report["model"], report["numerics_id"]) == (1, "demo-moe", "fake")
+    assert [entry["index"] for entry in report["outputs"]] == [0, 0, 1, 1]
+    assert report["outputs"][0] == {
+        "index": 0,
+        "prompt_token_ids": [41, 74],
+        "token_ids": [41, 74],
+        "text": "Hi",
+        "finish_reason": "length",
+        "logprobs": [[41, -0.5], [74, -0.5]],
+    }
+    assert list(report["metrics"]) == [
+        "ttft_s", "tpot_s", "output_tok_s", "requests_s", "num_preemptions", "prefix_hit_tokens",
+        "model_bytes", "kv_bytes", "peak_rss_bytes",
+    ]  # fmt: skip
+    assert (report["experts"], report["ranks"]) == ({}, [])
+
+
+def test_prompts_from_a_file(
+    engines: list[FakeEngine], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "p.jsonl"
+    lines = [
+        {"prompt": "Hi"},
+        {"messages": [{"role": "user", "content": "you"}]},
+        {"prompt_token_ids": [41]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["generate", "--prompts", str(path), "--json", "--max-tokens", "1"]
+    assert cli.run([*arguments, "--limit", "2"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["outputs"]) == 2
+    (tmp_path / "t.jinja").write_text("<{{ messages[0].content }}>")
+    assert cli.run([*arguments, "--chat-template", str(tmp_path / "t.jinja")]) == 0
+    texts = [entry["text"] for entry in json.loads(capsys.readouterr().out)["outputs"]]
+    assert texts == ["H", "<", "H"]
+
+
+def test_the_prompt_may_come_on_stdin(
+    engines: list[FakeEngine],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    assert cli.run(["generate", "--max-tokens", "2"]) == 0
+    assert capsys.readouterr().out == "Hi\n"
+
+
+def test_a_failed_output_is_told_and_exit_code_1(
+    engines: list[FakeEngine], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "Hi"}\n{"prompt_token_ids": [5]}\n')
+    assert cli.run(["generate", "--prompts", str(path), "--max-tokens", "2"]) == 1
+    captured = capsys.readouterr()
+    assert "=== prompt 0 (length) ===\nHi\n=== prompt 1 (error) ===" in captured.out
+    assert "prompt 1: a NaN in its logits" in captured.err
+
+
+# a command on an engine without a model, in a process of its own
+COMMAND = """
+import sys
+import moe_serve.llm
+from moe_serve import cli
+from tests.fake_engine import FakeEngine
+moe_serve.llm.build_engine = lambda config, folder: FakeEngine(
+    config, max_model_len=10**6, step_s=0.001
+)
+sys.exit(cli.run(["generate", "Hi you", "--max-tokens", "100000"]))
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("interrupt", 130), ("closed pipe", 141)])
+def test_a_run_that_is_cut_short_is_quiet(how: str, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(6) == b"Hi you"  # it is on its way
+    if how == "interrupt":
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    else:
+        process.stdout.close()
+        error = process.stderr.read()
+        process.stderr.close()
+    assert process.wait(timeout=20) == code
+    assert error == b""
+
+
+def test_chat_keeps_the_conversation(
+    engines: list[FakeEngine],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    typed = "Hi\nyou\n/reset\nHi\n/nothing\n\n/exit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    template = ["--chat-template", str(tmp_path / "t.jinja")]
+    assert cli.run(["chat", "--max-tokens", "3", *template]) == 0
+    captured = capsys.readouterr()
+    first, second, third = (request.prompt_ids for request in engines[0].added)
+    assert first == third
+    assert len(second) > len(first)
+    assert captured.out == "<Hi\n<Hi\n<Hi\n"
+    assert "no command '/nothing'" in captured.err
+
+
+def test_chat_without_a_template_continues_the_text(
+    engines: list[FakeEngine],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nyou\n"))
+    assert cli.run(["chat", "--max-tokens", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("has no chat template") == 1
+    assert captured.out == "Hi\nHi\n"
+    assert engines[0].added[1].prompt_ids[:2] == (41, 74)
+    assert len(engines[0].added[1].prompt_ids) > 4
+
+
+def test_batch_reports_what_it_did(
+    engines: list[FakeEngine], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    body = {"prompt": "Hi you", "max_tokens": 3}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\nnot json\n")
+    files = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
+    for num_resumed, num_failed in ((0, 1), (2, 0)):
+        assert cli.run(["batch", *files]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert f": {num_resumed} were there, {num_failed} of the new ones" in captured.err
+        assert "requests/s" in captured.err
+    answers = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer["response"]["status_code"] for answer in answers] == [200, 400]
+    assert cli.run(["batch", str(tmp_path / "none.jsonl"), files[1]]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_bench_prints_rows(engines: list[FakeEngine], capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--input-len", "4", "--output-len", "3", "--num-iters", "5"]
+    assert cli.run(["bench", "latency", *sizes, "--batch-size", "2"]) == 0
+    assert "latency 2x4/3" in capsys.readouterr().out
+    assert cli.run(["bench", "throughput", *sizes, "--num-prompts", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["unit"] for row in report["rows"]] == ["requests/s", "tokens/s", "tokens/s"]
+    assert cli.run(["bench", "latency", "--input-len", "0"]) == 2
+
+
+def test_printable() -> None:
+    assert cli.printable("a\x1b[0m\n\u202eb\u00e9\ud800") == "a\\x1b[0m\\n\\u202eb\u00e9\\ud800"

@@ -1,0 +1,298 @@
+"""Prompts to texts through an engine that has no model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_serve
+from moe_serve.config import EngineConfig
+from moe_serve.errors import CheckpointError, ConfigError, RequestError
+from moe_serve.llm import LLM
+from moe_serve.models.hf_config import GenerationDefaults
+from moe_serve.text.chat_template import ChatTemplate
+from moe_serve.text.tokenizer import load_tokenizer
+from moe_serve.types import Request, SamplingParams
+from tests.bad_requests import BAD_PROMPTS
+from tests.fake_engine import FakeEngine
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "moe_serve" / "assets" / "demo-moe"
+
+
+def make(engine: FakeEngine, template: str | None = None) -> LLM:
+    return LLM.from_parts(
+        engine,
+        load_tokenizer(EMBEDDED),
+        GenerationDefaults(eos_token_ids=frozenset({0}), temperature=0.7),
+        None if template is None else ChatTemplate(template),
+    )
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+def test_outputs_come_in_the_order_of_the_prompts(engine: FakeEngine) -> None:
+    prompts: list[Any] = ["a long first prompt that goes on", "Hi", {"prompt": "you"}, [41, 74]]
+    params = [SamplingParams(max_tokens=limit) for limit in (30, 2, 7, 3)]
+    outputs = make(engine).generate(prompts, params)
+    assert [o.prompt for o in outputs] == [prompts[0], "Hi", "you", None]
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [30, 2, 7, 3]
+    assert outputs[1].outputs[0].text == "Hi"
+    assert outputs[3].outputs[0].text == "HiH"
+    assert all(o.finished and o.outputs[0].finish_reason == "length" for o in outputs)
+    assert engine.most_at_once == 4
+
+
+def test_one_bare_prompt(engine: FakeEngine) -> None:
+    llm = make(engine)
+    params = SamplingParams(max_tokens=2)
+    for prompt in ("Hi", [41, 74], {"prompt": "Hi"}, {"prompt_token_ids": (41, 74)}):
+        (output,) = llm.generate(prompt, params)  # type: ignore[arg-type]
+        assert output.outputs[0].text == "Hi"
+    assert llm.generate([]) == []
+
+
+def test_without_params_the_models_own_are_used(engine: FakeEngine) -> None:
+    make(engine).generate("Hi")
+    assert engine.added[0].sampling == SamplingParams(temperature=0.7)
+    assert engine.added[0].eos_token_ids == {0}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"), [b[1:] for b in BAD_PROMPTS], ids=[b[0] for b in BAD_PROMPTS]
+)
+def test_one_bad_prompt_and_nothing_runs(
+    engine: FakeEngine, prompt: Any, options: dict[str, Any], says: tuple[str, ...]
+) -> None:
+    llm = make(engine)
+    params = [SamplingParams(), SamplingParams(), SamplingParams(**options)]
+    with pytest.raises(RequestError) as caught:
+        llm.generate(["Hi", "you", prompt], params)
+    message = str(caught.value)
+    assert message.startswith("prompt 2: ")
+    assert all(part in message for part in says)
+    assert engine.added == []
+
+
+def test_what_the_engine_refuses_is_named_and_nothing_stays() -> None:
+    engine = FakeEngine(capacity=3)
+    llm = make(engine)
+    with pytest.raises(RequestError, match="prompt 1: 5 tokens"):
+        llm.generate([[41], [41] * 5, [41]])
+    assert not engine.has_unfinished
+    assert llm.generate([41], SamplingParams(max_tokens=1))[0].finished
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "says"),
+    [
+        (["a", "b"], [SamplingParams()], "1 sampling_params for 2 prompts"),
+        ("a", {"temperature": 0}, "sampling_params is of type dict"),
+        ("a", ["greedy"], "sampling_params is of type str"),
+        (7, None, "prompts is of type int"),
+    ],
+)
+def test_wrong_arguments(engine: FakeEngine, prompts: Any, params: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        make(engine).generate(prompts, params)
+
+
+def test_stop_strings_end_one_output_only(engine: FakeEngine) -> None:
+    llm = make(engine)
+    text = "one two three four five"
+    (output,) = llm.generate(text, SamplingParams(n=2, max_tokens=40, stop=["three"]))
+    first, second = output.outputs
+    assert first.text == "one two "
+    assert second.text.startswith(" two ")
+    assert {o.finish_reason for o in output.outputs} == {"stop"}
+    assert sorted(engine.stopped) == [("request-0", 0), ("request-0", 1)]
+
+
+def test_an_end_token_ends_the_text() -> None:
+    def reply(request: Request, index: int) -> Sequence[int]:
+        return [*request.prompt_ids, 0, *request.prompt_ids]
+
+    (output,) = make(FakeEngine(reply=reply)).generate("Hi", SamplingParams(max_tokens=50))
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("Hi", "stop")
+    assert output.outputs[0].token_ids[-1] == 0
+
+
+def test_one_requests_error_leaves_the_others() -> None:
+    llm = make(FakeEngine(error_id=5))
+    good, bad = llm.generate([[41, 74], [5, 5]], SamplingParams(max_tokens=2))
+    assert good.outputs[0].text == "Hi"
+    assert bad.outputs[0].finish_reason == "error"
+    assert bad.outputs[0].error == "a NaN in its logits"
+
+
+def test_seeds_repeat_with_the_program_and_differ_between_prompts() -> None:
+    def seeds(seed: int) -> list[int]:
+        engine = FakeEngine(EngineConfig.from_options({"seed": seed}))
+        llm = make(engine)
+        llm.generate(["a", "a"])
+        llm.generate("a")
+        return [request.seed for request in engine.added]
+
+    assert seeds(0) == seeds(0)
+    assert len(set(seeds(0) + seeds(1))) == 6
+
+
+def test_chat(engine: FakeEngine) -> None:
+    llm = make(engine, "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    one = [{"role": "user", "content": "Hi"}]
+    two = [*one, {"role": "assistant", "content": "you"}]
+    (alone,) = llm.chat(one, SamplingParams(max_tokens=4))
+    assert alone.outputs[0].token_ids == alone.prompt_token_ids
+    assert llm.tokenizer is not None
+    shown = [llm.tokenizer.decode(output.prompt_token_ids) for output in llm.chat([one, two])]
+    assert shown == ["[Hi]", "[Hi][you]"]
+    with pytest.raises(RequestError, match=r"conversation 1: messages is \[\]"):
+        llm.chat([one, []])
+    with pytest.raises(RequestError, match="no chat template"):
+        make(engine).chat(one)
+
+
+def test_stream_grows_to_what_generate_gives(engine: FakeEngine) -> None:
+    llm = make(engine)
+    params = SamplingParams(max_tokens=20, stop=["zzz"])
+    text = "h\N{GRINNING FACE}llo \u4f60\u597d and on"
+    whole = llm.generate(text, params)[0].outputs[0]
+    seen = [output.outputs[0] for output in llm.stream(text, params)]
+    assert len(seen) == len(whole.token_ids)
+    assert (seen[-1].text, seen[-1].token_ids) == (whole.text, whole.token_ids)
+    for earlier, later in itertools.pairwise(seen):
+        assert later.text.startswith(earlier.text)
+    assert "".join(llm.stream_text(text, params)) == whole.text
+
+
+def test_streams_may_be_read_in_turns(engine: FakeEngine) -> None:
+    llm = make(engine)
+    first = llm.stream("one two three", SamplingParams(max_tokens=9))
+    second = llm.stream("four five", SamplingParams(max_tokens=4))
+    next(first)
+    longest = [output.outputs[0] for output in second][-1]
+    inside = llm.generate("Hi", SamplingParams(max_tokens=2))[0].outputs[0]
+    rest = [output.outputs[0] for output in first][-1]
+    assert (len(rest.token_ids), len(longest.token_ids), inside.text) == (9, 4, "Hi")
+    assert rest.text.startswith("one two three")
+
+
+def test_a_stream_is_checked_at_once_and_aborted_when_closed(engine: FakeEngine) -> None:
+    llm = make(engine)
+    with pytest.raises(RequestError, match="prompt is empty"):
+        llm.stream("")
+    with pytest.raises(RequestError, match="n is 2"):
+        llm.stream_text("a", SamplingParams(n=2))
+    stream = llm.stream("one two three", SamplingParams(max_tokens=50))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert not engine.has_unfinished
+    assert len(engine.aborted) == 1
+
+
+def test_an_interrupt_aborts_everything(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make(engine)
+    steps = iter(range(3))
+    step = engine.step
+
+    def interrupted() -> Any:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], SamplingParams(max_tokens=30))
+    assert not engine.has_unfinished
+    monkeypatch.undo()
+    assert len(llm.generate(["a", "b"], SamplingParams(max_tokens=2))) == 2
+
+
+def test_serve_takes_requests_as_they_come() -> None:
+    engine = FakeEngine(capacity=4)
+    llm = make(engine)
+    given = []
+
+    def source() -> Any:
+        for index in range(6):
+            given.append(index)
+            ids = [41] * (9 if index == 3 else 1)
+            yield llm.prepare(ids, SamplingParams(max_tokens=2 + index), index=index)
+            yield None
+
+    outputs = {o.request_id: o.outputs[0] for o in llm.serve(source())}
+    assert len(outputs) == 6
+    assert outputs["request-3"].finish_reason == "error"
+    assert "at most 4" in (outputs["request-3"].error or "")
+    assert len(outputs["request-5"].token_ids) == 7
+
+
+def test_figures_of_a_run(engine: FakeEngine) -> None:
+    llm = make(engine)
+    assert llm.last_run is None
+    outputs = llm.generate(["a", "b"], SamplingParams(max_tokens=5))
+    run = llm.last_run
+    assert run is not None
+    assert run.ttft_s is not None
+    assert run.tpot_s is not None
+    assert run.output_tok_s == pytest.approx(5 * run.requests_s)
+    assert (run.model_bytes, run.kv_bytes) == (2**20, 2**21)
+    assert run.peak_rss_bytes > 2**24
+    assert all(o.metrics.e2e_s is not None for o in outputs)
+    for part in ("first token", "per token", "tokens/s", "requests/s", "model 1.0 MiB", "KV 2.0"):
+        assert part in run.line()
+    llm.generate([5], SamplingParams(max_tokens=1))
+    assert "per token - |" in llm.last_run.line()  # one token has no time between tokens
+
+
+def test_a_progress_bar_only_when_asked(
+    engine: FakeEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm = make(engine)
+    llm.generate("Hi", SamplingParams(max_tokens=2))
+    assert capsys.readouterr().err == ""
+    llm.generate("Hi", SamplingParams(max_tokens=2), use_tqdm=True)
+    captured = capsys.readouterr()
+    assert "1/1" in captured.err
+    assert captured.out == ""
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="vocab_size is 512"):
+        make(FakeEngine(vocab_size=512))
+
+
+def test_config_and_options_are_not_mixed() -> None:
+    with pytest.raises(ConfigError, match=r"config and block_size, model are both given"):
+        LLM("x", config=EngineConfig(), block_size=8)
+    with pytest.raises(ConfigError, match=r"no option 'blok_size'; did you mean 'block_size'"):
+        LLM(blok_size=8)
+    with pytest.raises(ConfigError, match="block_size is '8'"):
+        LLM(block_size="8")
+
+
+def test_the_package_exports_what_it_lists() -> None:
+    assert moe_serve.__all__ == ["LLM", "EngineConfig", "SamplingParams"]
+    for name in moe_serve.__all__:
+        assert getattr(moe_serve, name).__name__ == name
+        assert name in dir(moe_serve)
+    with pytest.raises(AttributeError, match="no attribute 'Lama'"):
+        _ = moe_serve.Lama
+
+
+def test_the_embedded_model_writes() -> None:
+    """The real engine, once: text, greedy, the same streamed."""
+    llm = LLM(num_kv_blocks=64, threads=1)
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    (output,) = llm.generate("Once upon a time", params)
+    assert output.outputs[0].text.isascii()
+    assert len(output.outputs[0].token_ids) == 12
+    assert "".join(llm.stream_text("Once upon a time", params)) == output.outputs[0].text

@@ -1,0 +1,127 @@
+"""OpenAI's bodies become requests, all of them or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_serve.errors import RequestError
+from moe_serve.text.chat_template import ChatTemplate
+from moe_serve.text.openai_form import read_body, response_object
+from moe_serve.text.prompts import RequestMaker
+from moe_serve.text.tokenizer import load_tokenizer
+from moe_serve.types import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = load_tokenizer(ROOT / "moe_serve" / "assets" / "demo-moe")
+MAKER = RequestMaker(
+    vocab_size=6144,
+    max_model_len=256,
+    tokenizer=TOKENIZER,
+    chat_template=ChatTemplate("{{ messages[0].content }}"),
+)
+DEFAULTS = SamplingParams(temperature=0.7, top_p=0.9)
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def test_a_completion_takes_the_models_defaults() -> None:
+    found = read_body(COMPLETIONS, {"prompt": "Hi", "top_p": 0.5, "user": None}, MAKER, DEFAULTS)
+    assert found.prompt == "Hi"
+    assert found.sampling == SamplingParams(temperature=0.7, top_p=0.5, max_tokens=16)
+
+
+def test_every_sampling_field_of_a_completion() -> None:
+    body = {
+        "model": "m", "prompt": [1, 2], "n": 2, "max_tokens": 5, "min_tokens": 1, "seed": 3,
+        "stop": ["a"], "logprobs": 2, "logit_bias": {"5": -100}, "top_k": 4, "ignore_eos": True,
+        "echo": False, "stream": False, "best_of": 1, "suffix": "",
+    }  # fmt: skip
+    found = read_body(COMPLETIONS, body, MAKER, SamplingParams())
+    assert found.prompt == [1, 2]
+    assert found.sampling == SamplingParams(
+        n=2, max_tokens=5, min_tokens=1, seed=3, stop=["a"], logprobs=2,
+        logit_bias={5: -100}, top_k=4, ignore_eos=True,
+    )  # fmt: skip
+
+
+def test_a_chat_completion() -> None:
+    body = {"messages": HI, "max_completion_tokens": 9, "logprobs": True, "top_logprobs": 3}
+    found = read_body(CHAT, body, MAKER, SamplingParams())
+    assert found.sampling == SamplingParams(max_tokens=9, logprobs=3)
+    assert read_body(CHAT, {"messages": HI}, MAKER, DEFAULTS).sampling.max_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "says"),
+    [
+        ("/v1/complete", {}, r"url is '/v1/complete'; did you mean '/v1/completions'"),
+        (COMPLETIONS, {}, "prompt is missing"),
+        (COMPLETIONS, {"prompt": "a", "temprature": 1}, "'temprature' is not supported; did you"),
+        (COMPLETIONS, {"prompt": "a", "tools": []}, "'tools' is not supported"),
+        (COMPLETIONS, {"prompt": "a", "stream": True}, "stream is True; only False"),
+        (COMPLETIONS, {"prompt": "a", "echo": True}, "echo is True; only False"),
+        (COMPLETIONS, {"prompt": "a", "best_of": 3}, "best_of is 3; only 1"),
+        (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, "temperature is 'hot'"),
+        (COMPLETIONS, {"prompt": "a", "stop": 5}, "stop is 5"),
+        (COMPLETIONS, {"prompt": "a", "stop_token_ids": 5}, "stop_token_ids is 5"),
+        (COMPLETIONS, {"prompt": "a", "ignore_eos": "no"}, "ignore_eos is 'no'"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": [1]}, r"logit_bias is \[1\]"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias has the name 'x'"),
+        (COMPLETIONS, {"prompt": "a", "model": 5}, "model is 5"),
+        (COMPLETIONS, {"prompt": 5}, "prompt is 5"),
+        (COMPLETIONS, {"prompt": ["a", "b"]}, "a list of 2 prompts"),
+        (CHAT, {"prompt": "a"}, "'prompt' is not supported"),
+        (CHAT, {"messages": []}, "list of messages"),
+        (CHAT, {"messages": HI, "logprobs": 3}, "logprobs is 3"),
+        (CHAT, {"messages": HI, "top_logprobs": 3}, "needs logprobs"),
+        (CHAT, {"messages": HI, "max_tokens": 1, "max_completion_tokens": 2}, "both given"),
+    ],
+)
+def test_bad_bodies(url: str, body: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        read_body(url, body, MAKER, DEFAULTS)
+
+
+def answer() -> RequestOutput:
+    logprobs = (
+        TokenLogprobs(41, -0.1, 1, ((41, -0.1), (74, -2.0))),
+        TokenLogprobs(74, -0.2, 1, ((74, -0.2),)),
+    )
+    completion = CompletionOutput(0, "Hi", (41, 74), logprobs, "length")
+    return RequestOutput("r", "x", (1, 2, 3), (completion,), True)
+
+
+def test_completion_object() -> None:
+    found = response_object(
+        answer(), "completion", model="m", response_id="c", created=5, tokenizer=TOKENIZER
+    )
+    assert found["object"] == "text_completion"
+    assert found["usage"]["total_tokens"] == 5
+    assert found["choices"] == [
+        {
+            "text": "Hi",
+            "index": 0,
+            "finish_reason": "length",
+            "logprobs": {
+                "tokens": ["H", "i"],
+                "token_logprobs": [-0.1, -0.2],
+                "top_logprobs": [{"H": -0.1, "i": -2.0}, {"i": -0.2}],
+                "text_offset": [0, 1],
+            },
+        }
+    ]
+
+
+def test_chat_object() -> None:
+    found = response_object(
+        answer(), "chat", model="m", response_id="c", created=5, tokenizer=TOKENIZER
+    )
+    (choice,) = found["choices"]
+    assert found["object"] == "chat.completion"
+    assert choice["message"] == {"role": "assistant", "content": "Hi"}
+    first = choice["logprobs"]["content"][0]
+    assert (first["token"], first["bytes"], first["logprob"]) == ("H", [72], -0.1)
+    assert [entry["token"] for entry in first["top_logprobs"]] == ["H", "i"]
