@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -174,9 +175,10 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(msgspec.Struct, frozen=True, gc=False):
     """What one step gave to output `index` of a request.
+
+    A Struct, not a dataclass: thousands are made in a step, and the collector need not see them.
 
     token_ids: the new ones ([] only when it ended without one). finish_reason is None while it
     goes on. prompt_logprobs comes once, with the first output of index 0: an entry for each prompt

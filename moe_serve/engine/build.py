@@ -29,7 +29,7 @@ from moe_serve.types import DTYPES, CacheGroup
 logger = logging.getLogger(__name__)
 
 # of the memory that is free once the weights are there; the rest is for work space and others
-_KV_SHARE = 0.5
+_KV_SHARE = 0.25
 _GIB = 2**30
 
 
@@ -117,8 +117,8 @@ def num_kv_blocks(
 ) -> tuple[int, ...]:
     """Return how many usable blocks each cache group gets: the same number for all.
 
-    As the options say, or else enough for `max_num_seqs` requests of full length, but at most half
-    of the memory that is free now, and never less than one request needs.
+    As the options say, or else enough for `max_num_seqs` requests of full length, but at most a
+    quarter of the memory that is free now.
     """
     block_bytes = sum(group.bytes_per_token for group in groups) * config.kv.block_size
     if config.kv.num_kv_blocks is not None:

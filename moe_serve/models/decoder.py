@@ -188,15 +188,17 @@ class Decoder:
         return self._head(hidden).float()
 
     def allocate_caches(self, num_blocks: tuple[int, ...], block_size: int) -> list[LayerCache]:
-        """Return zeroed caches, one per layer; num_blocks: per group, without the null block."""
+        """Return caches, one per layer; num_blocks: per group, without the null block.
+
+        Only the null block, the first, is written: memory is taken from the system as it is used.
+        """
         spec = self.spec.attention
-        caches: list[LayerCache] = []
-        for index in range(self.spec.num_layers):
-            num_slots = (num_blocks[self._group_of_layer[index]] + 1) * block_size
-            shape = (num_slots, spec.num_kv_heads, spec.head_dim)
-            caches.append(
-                LayerCache(
-                    torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
-                )
-            )
-        return caches
+
+        def empty(num_slots: int) -> Tensor:
+            cache = torch.empty(num_slots, spec.num_kv_heads, spec.head_dim, dtype=self.dtype)
+            cache[:block_size] = 0
+            return cache
+
+        sizes = [(count + 1) * block_size for count in num_blocks]
+        slots = [sizes[self._group_of_layer[layer]] for layer in range(self.spec.num_layers)]
+        return [LayerCache(empty(num_slots), empty(num_slots)) for num_slots in slots]

@@ -4,38 +4,80 @@ Rounding points: the product is accumulated in float32 by the library and rounde
 dtype of the input; the bias is added after that, with one more rounding.
 
 The libraries underneath choose their code by the number of rows, and not all of it adds in one
-order (measured, docs/log.md): float32 GEMM has other bits at 1, at 2 or 3, and, on 2 threads, at
-5 to 11 rows that are no multiple of 4; bfloat16 GEMM at 1 row, and wherever the product is so
-small that torch takes its own loop. Rows are padded until all row counts are in one class.
+order (docs/log.md has what was measured: 1 row is often apart, 2 and 3 sometimes, and with several
+threads counts that leave one of them 1 to 3 rows). Which counts agree is therefore asked of the
+library itself, once for each shape, dtype and number of threads, and rows are padded to one that does.
 """
 
 from __future__ import annotations
+
+import functools
+import logging
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# below this many multiply-adds torch leaves bfloat16 to a loop of its own, with other bits
-_SMALL_PRODUCT = 16**3
+logger = logging.getLogger(__name__)
+
+# from so many rows on, counts agree; below, each is tried
+_MANY_ROWS = 32
+# a few counts above, to see that they do
+_LARGE_COUNTS = (33, 50, 63, 100)
 # with fewer outputs the libraries take matrix-vector code, whose bits show how rows are split
 _NARROW = 8
+# a wider weight is tried in part: enough to be split over threads as the whole is
+_PROBED_ELEMENTS = 2**22
 
 
-def padded_rows(num_rows: int, weight: Tensor) -> int:
-    """Return the least row count >= num_rows that is in the one class of equal bits.
+def padded_rows(num_rows: int, *weights: Tensor) -> int:
+    """Return the least row count >= num_rows at which the product with each weight is exact.
 
-    weight: [out_features, in_features]; its dtype and size decide.
+    Exact: every row has the bits that it has among many rows. weights: [out_features,
+    in_features], of one dtype.
     """
     if num_rows == 0:
         return 0
-    if weight.dtype == torch.float32:
-        grain = 4 * torch.get_num_threads()
-        return num_rows if num_rows >= 4 * grain else -(-num_rows // grain) * grain
-    return max(num_rows, 4, _SMALL_PRODUCT // weight.numel() + 1)
+    threads = torch.get_num_threads()
+    tables = [
+        _exact_counts(weight.dtype, weight.shape[0], weight.shape[1], threads) for weight in weights
+    ]
+    while num_rows < _MANY_ROWS and not all(table[num_rows] for table in tables):
+        num_rows += 1
+    return num_rows
+
+
+@functools.cache
+def _exact_counts(
+    dtype: torch.dtype, out_features: int, in_features: int, threads: int
+) -> tuple[bool, ...]:
+    """Return for 0 .. _MANY_ROWS - 1 rows whether all have the bits that they have among many."""
+    generator = torch.Generator().manual_seed(0)
+    width = max(_NARROW, min(out_features, _PROBED_ELEMENTS // in_features))
+    weight = torch.randn(width, in_features, generator=generator).to(dtype)
+    rows = torch.randn(4 * _MANY_ROWS, in_features, generator=generator).to(dtype)
+    many = torch.mm(rows, weight.t())
+
+    def is_exact(count: int) -> bool:
+        return torch.equal(torch.mm(rows[:count], weight.t()), many[:count])
+
+    if not all(is_exact(count) for count in _LARGE_COUNTS):
+        logger.warning(
+            "%s products of %d x %d depend on the number of rows on this machine: "
+            "tokens may differ between batches",
+            dtype,
+            out_features,
+            in_features,
+        )
+    return tuple(is_exact(count) for count in range(_MANY_ROWS))
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return the form in which `linear` wants a weight: here, as it is."""
+    """Return the form in which `linear` wants a weight: here, as it is.
+
+    Asks the library about the weight's shape, so that the first request need not wait for it.
+    """
+    padded_rows(1, weight)
     return weight
 
 
@@ -53,5 +95,5 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     wanted = padded_rows(num_rows, weight)
     if wanted != num_rows:
         rows = F.pad(rows, (0, 0, 0, wanted - num_rows))
-    out = F.linear(rows, weight)[:num_rows]
+    out = torch.mm(rows, weight.t())[:num_rows]
     return out if bias is None else out + bias

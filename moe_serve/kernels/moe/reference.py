@@ -40,7 +40,7 @@ def moe(
     Returns [num_pairs, hidden_size], in the order of the pairs.
     """
     active = [(expert, count) for expert, count in enumerate(counts) if count]
-    sizes = [max(padded_rows(n, gate_up[0]), padded_rows(n, down[0])) for _, n in active]
+    sizes = [padded_rows(count, gate_up[0], down[0]) for _, count in active]
     is_padded = any(size != count for size, (_, count) in zip(sizes, active, strict=True))
     place = _places(active, sizes, row_of_pair.device) if is_padded else None
     total = sum(sizes)
