@@ -78,10 +78,11 @@ FACTORS = (
     Case("chunk of 64", {"max_prefill_chunk": 64}),
     Case("blocks of 1", {"block_size": 1}),
     Case("blocks of 64", {"block_size": 64}),
-    Case("prefix cache", {"enable_prefix_caching": True, "max_num_seqs": 8}),
-    Case("preemption", num_resident_prompts=3),
+    Case("prefix cache", {"enable_prefix_caching": True, "max_num_seqs": 4}),
     Case("1 thread", threads=1),
 )
+# admitted without room to grow, running sequences push each other out
+PREEMPTION = Case("preemption", {"admission_horizon": 0, "block_size": 4}, num_resident_prompts=4)
 
 
 def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
@@ -95,6 +96,7 @@ def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
             "block_size": chance.choice([1, 2, 5, 16, 33, 64]),
             "enable_prefix_caching": chance.random() < 0.5,
             "scheduling_policy": chance.choice(["fcfs", "decode_first", "shortest_prompt"]),
+            "admission_horizon": chance.choice([0, 16]),
         }
         text = ", ".join(f"{name}={value}" for name, value in options.items())
         resident = chance.choice([None, 2, 5])
@@ -151,6 +153,11 @@ class Subject:
             llm.last_run.prefix_hit_tokens,
             seconds,
         )
+
+    def for_preemption(self) -> Subject:
+        """Return the same with short prompts and long outputs, which grow past any room."""
+        prompts = [ids[-16:] for ids in self.prompts[::2]]
+        return Subject(self.model, self.dtype, prompts, 64, self.load_format)
 
 
 def _exact(output: RequestOutput) -> tuple[Any, ...]:
@@ -209,7 +216,7 @@ def main() -> int:
     )
     parser.add_argument("--prompts", type=Path, required=True, help="folder of .jsonl files")
     parser.add_argument("--num-prompts", type=int, default=100, help="for the embedded model")
-    parser.add_argument("--num-wide", type=int, default=20, help="for the wide dummy")
+    parser.add_argument("--num-wide", type=int, default=40, help="for the wide dummy")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--random", type=int, default=30, help="random combinations")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
@@ -239,9 +246,11 @@ def run_matrix(name: str, subject: Subject, num_random: int) -> list[Row]:
     base = subject.run(BASE)
     print(f"{name}: {len(base.outputs)} outputs, {base.seconds:.1f} s ({subject.numerics_id})")
     rows = []
-    for case in (*FACTORS, *random_cases(num_random)):
-        outcome = subject.run(case)
-        wrong = differing(outcome, base)
+    growing = subject.for_preemption()
+    for case in (*FACTORS, PREEMPTION, *random_cases(num_random)):
+        one, its_base = (growing, growing.run(BASE)) if case is PREEMPTION else (subject, base)
+        outcome = one.run(case)
+        wrong = differing(outcome, its_base)
         print(
             f"  {len(wrong):3d} differ {outcome.num_preemptions:5d} preemptions"
             f" {outcome.prefix_hit_tokens:6d} hit tokens {outcome.seconds:6.1f} s  {case.name}",

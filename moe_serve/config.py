@@ -68,6 +68,10 @@ class SchedulerConfig:
         default=None,
         metadata={"help": "Prompt tokens of one request in one step; default: the budget."},
     )
+    admission_horizon: int = field(
+        default=16,
+        metadata={"help": "Tokens of KV room per running sequence, kept when a prompt is admitted."},
+    )
     scheduling_policy: str = field(
         default="fcfs",
         metadata={"help": "A file in engine/policies.", "package": "moe_serve.engine.policies"},
@@ -77,6 +81,7 @@ class SchedulerConfig:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _at_least("max_prefill_chunk", self.max_prefill_chunk, 1)
+        _at_least("admission_horizon", self.admission_horizon, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

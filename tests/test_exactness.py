@@ -22,10 +22,12 @@ def _check(subject: exactness.Subject) -> None:
         outcome = subject.run(case)
         assert exactness.differing(outcome, base) == [], case
         # what the case is named for took place
-        if case.name == "preemption":
-            assert outcome.num_preemptions > 0
         if case.name == "prefix cache":
             assert outcome.prefix_hit_tokens > 0
+    growing = subject.for_preemption()
+    outcome = growing.run(exactness.PREEMPTION)
+    assert outcome.num_preemptions > 0
+    assert exactness.differing(outcome, growing.run(exactness.BASE)) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

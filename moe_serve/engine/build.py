@@ -75,6 +75,7 @@ def build_engine(
         kv=kv,
         max_model_len=max_model_len,
         clock=clock,
+        admission_horizon=config.scheduler.admission_horizon,
     )
     sampler = Sampler(spec.vocab_size, torch.device("cpu"), kernels.sampling)
     kv_bytes = sum(
