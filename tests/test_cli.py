@@ -22,7 +22,7 @@ from tests.fake_engine import FakeEngine
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE_FLAGS = {
     "--model", "--tokenizer", "--revision", "--dtype", "--load-format", "--max-model-len",
-    "--block-size", "--num-kv-blocks", "--kv-cache-gb",
+    "--admission-horizon", "--block-size", "--num-kv-blocks", "--kv-cache-gb",
     "--enable-prefix-caching", "--no-enable-prefix-caching",
     "--max-num-seqs", "--max-num-batched-tokens", "--max-prefill-chunk", "--scheduling-policy",
     "--kernels", "--threads", "--seed", "--config", "--debug", "--help",
