@@ -70,7 +70,9 @@ class SchedulerConfig:
     )
     admission_horizon: int = field(
         default=16,
-        metadata={"help": "Tokens of KV room per running sequence, kept when a prompt is admitted."},
+        metadata={
+            "help": "Tokens of KV room per running sequence, kept when a prompt is admitted."
+        },
     )
     scheduling_policy: str = field(
         default="fcfs",

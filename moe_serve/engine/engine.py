@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from moe_serve.config import EngineConfig
@@ -10,6 +11,8 @@ from moe_serve.engine.scheduler import Scheduler
 from moe_serve.errors import RequestError
 from moe_serve.models.spec import ModelSpec
 from moe_serve.types import Request, StepOutput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +60,23 @@ class Engine:
         self.scheduler.add(request)
 
     def step(self) -> list[StepOutput]:
-        """Give every scheduled sequence its next token; [] when there is nothing to do."""
+        """Give every scheduled sequence its next token; [] when there is nothing to do.
+
+        A step that cannot be run (out of memory, say) ends the outputs that took part in it with
+        an error; the engine, and all other requests, go on.
+        """
         step = self.scheduler.schedule()
         if step is None:
             return []
-        return self.scheduler.finish(step, self.runner.run(step))
+        try:
+            output = self.runner.run(step)
+        except Exception as error:
+            logger.exception("step %d failed", step.step)
+            return self.scheduler.fail(step, f"the step failed: {type(error).__name__}: {error}")
+        except BaseException:  # an interrupt: what the step held is given back all the same
+            self.scheduler.fail(step, "interrupted")
+            raise
+        return self.scheduler.finish(step, output)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and all it holds; return whether it was there."""

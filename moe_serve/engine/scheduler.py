@@ -313,6 +313,17 @@ class Scheduler:
             self._drop_ended()
         return outputs
 
+    def fail(self, step: ScheduledStep, error: str) -> list[StepOutput]:
+        """End every output of a step that could not be run; to be called in place of `finish`."""
+        assert step.step == self._step, f"step {step.step} failed, {self._step} runs"
+        outputs = [
+            self._fail(sequence, error)
+            for sequence in dict.fromkeys((*step.sequences, *step.sampled))
+            if sequence.state != "finished"
+        ]
+        self._drop_ended()
+        return outputs
+
     def _finish_chunks(self, step: ScheduledStep, output: SamplerOutput, failed: set[int]) -> None:
         """Note that the prompts' chunks are computed, and fork the prompts that are complete."""
         completed = False

@@ -11,6 +11,7 @@ import torch
 from moe_serve.config import EngineConfig
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.engine import Engine
+from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
 from moe_serve.errors import CapacityError, ConfigError, RequestError
 from moe_serve.types import Request, SamplingParams, StepOutput, TokenLogprobs
 from tests.models import tiny
@@ -200,3 +201,49 @@ def test_an_abort_gives_everything_back(tmp_path: Path) -> None:
     assert set(got) == set(want)
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()], ids=repr)
+def test_a_step_that_fails_takes_only_its_own_requests_with_it(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_checkpoint(tmp_path, "mistral")
+    engine = _engine(tmp_path, max_num_seqs=3, block_size=4)
+    requests = [replace(r, sampling=replace(r.sampling, n=2)) for r in _requests(6)]
+    want = _run(_engine(tmp_path, enable_prefix_caching=False), requests)
+    free = [pool.num_available for pool in engine.scheduler._kv.pools]
+    run = engine.runner.run
+    calls = 0
+
+    def failing(step: ScheduledStep) -> SamplerOutput:
+        nonlocal calls
+        calls += 1
+        if calls in (1, 4):
+            raise error
+        return run(step)
+
+    monkeypatch.setattr(engine.runner, "run", failing)
+    for request in requests:
+        engine.add(request)
+    ended: dict[tuple[str, int], StepOutput] = {}
+    tokens: dict[tuple[str, int], tuple[int, ...]] = {}
+    while engine.has_unfinished:
+        try:
+            outputs = engine.step()
+        except KeyboardInterrupt:
+            continue
+        for output in outputs:
+            key = (output.request_id, output.index)
+            tokens[key] = tokens.get(key, ()) + output.token_ids
+            if output.finish_reason is not None:
+                assert key not in ended
+                ended[key] = output
+    good = {key for key, output in ended.items() if output.finish_reason == "length"}
+    assert good
+    assert len(good) < len(want)
+    assert all(tokens[key] == want[key][0] for key in good)
+    if isinstance(error, RuntimeError):
+        failed = [output for output in ended.values() if output.finish_reason == "error"]
+        assert failed
+        assert all(output.error == "the step failed: RuntimeError: no memory" for output in failed)
+    assert [pool.num_available for pool in engine.scheduler._kv.pools] == free

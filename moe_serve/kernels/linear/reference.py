@@ -6,7 +6,7 @@ dtype of the input; the bias is added after that, with one more rounding.
 The libraries underneath choose their code by the number of rows, and not all of it adds in one
 order (docs/log.md has what was measured: 1 row is often apart, 2 and 3 sometimes, and with several
 threads counts that leave one of them 1 to 3 rows). Which counts agree is therefore asked of the
-library itself, once for each shape, dtype and number of threads, and rows are padded to one that does.
+library itself, once for each shape, dtype and number of threads; rows are padded to one that does.
 """
 
 from __future__ import annotations
