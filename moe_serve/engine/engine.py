@@ -63,18 +63,18 @@ class Engine:
         """Give every scheduled sequence its next token; [] when there is nothing to do.
 
         A step that cannot be run (out of memory, say) ends the outputs that took part in it with
-        an error; the engine, and all other requests, go on.
+        an error, and all others go on. An interrupt loses nothing: its step is run again.
         """
         step = self.scheduler.schedule()
         if step is None:
             return []
         try:
             output = self.runner.run(step)
-        except Exception as error:
-            logger.exception("step %d failed", step.step)
+        except (RuntimeError, MemoryError, ArithmeticError) as error:
+            logger.debug("step %d failed", step.step, exc_info=True)
             return self.scheduler.fail(step, f"the step failed: {type(error).__name__}: {error}")
-        except BaseException:  # an interrupt: what the step held is given back all the same
-            self.scheduler.fail(step, "interrupted")
+        except BaseException:  # an interrupt, or a fault of ours
+            self.scheduler.retract(step)
             raise
         return self.scheduler.finish(step, output)
 

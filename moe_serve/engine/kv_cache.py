@@ -29,7 +29,7 @@ class KVCacheManager:
     pools: per group, who holds each block.
     rows_to_copy: rows whose last block may be shared with another row: `extend` must be called
         for them before they write.
-    num_releases: grows whenever blocks are given back, so whether a refused sequence may fit now.
+    num_changes: grows when blocks are given back or become findable: who was refused may fit.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class KVCacheManager:
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.rows_to_copy: set[int] = set()
-        self.num_releases = 0
+        self.num_changes = 0
         max_blocks = self.num_blocks_of(max_model_len)
         self.tables: tuple[npt.NDArray[np.int32], ...] = tuple(
             np.zeros((max_num_seqs, max_blocks), np.int32) for _ in groups
@@ -250,7 +250,7 @@ class KVCacheManager:
             self.pools[group].release(block)
         table[row, begin:first] = 0
         self._first_entry[group][row] = first
-        self.num_releases += 1
+        self.num_changes += 1
 
     def take_copies(self) -> tuple[list[tuple[int, int]], ...]:
         """Return, per group, the (source, destination) blocks to copy before this step runs."""
@@ -284,6 +284,7 @@ class KVCacheManager:
             self._prefixes.drop(node)
             self._tails[row] = node = child
         self._num_registered[row] = max(first, last)
+        self.num_changes += last > first
 
     def fork(self, parent: RunningSequence, child: RunningSequence) -> bool:
         """Give `child` a row that shares every block of `parent`; False: there is no free row."""
@@ -323,7 +324,7 @@ class KVCacheManager:
         self.rows_to_copy.discard(row)
         self._free_rows.append(row)
         sequence.row = -1
-        self.num_releases += 1
+        self.num_changes += 1
 
     def _forget(self, group: int, node: PrefixNode) -> None:
         assert self._prefixes is not None

@@ -42,6 +42,7 @@ class ModelRunner:
             output = self._sampler.sample(logits, step.sampled)
         else:
             output = SamplerOutput([])
+        output.sequence_errors.update(_not_finite(step, hidden))
         output.prompt_logprobs.update(self._prompt_logprobs(step, hidden))
         return output
 
@@ -81,6 +82,19 @@ class ModelRunner:
                     found[index] += self._sampler.prompt_logprobs(logits, targets, top)
             start += length
         return found
+
+
+def _not_finite(step: ScheduledStep, hidden: Tensor) -> dict[int, str]:
+    """Name the sequences with a row of `hidden`, [num_tokens, hidden_size], that is not finite.
+
+    Rows that are not sampled too: their keys and values would be found by other prompts.
+    """
+    is_finite = hidden.sum(-1, dtype=torch.float32).isfinite()
+    if bool(is_finite.all()):
+        return {}
+    parts = torch.split(is_finite, step.query_lens)
+    error = "the hidden state is not finite (NaN or Inf)"
+    return {index: error for index, part in enumerate(parts) if not bool(part.all())}
 
 
 def build_batch(

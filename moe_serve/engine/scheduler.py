@@ -88,7 +88,7 @@ class Scheduler:
         self._num_ended = 0
         self._step = 0
         self._num_step_decodes = 0
-        self._refused: tuple[Sequence, int] | None = None  # and num_releases when it did not fit
+        self._refused: tuple[Sequence, int] | None = None  # and num_changes when it did not fit
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
 
@@ -232,12 +232,12 @@ class Scheduler:
         unfinished: running prompts that may still lack blocks, which are not taken from them.
         """
         kv = self._kv
-        if not kv.num_free_rows or self._refused == (sequence, kv.num_releases):
+        if not kv.num_free_rows or self._refused == (sequence, kv.num_changes):
             return False
         prefix = kv.find_prefix(sequence)
         spare = -(-self.num_running * self._admission_horizon // kv.block_size)
         if not kv.can_admit(sequence, prefix, unfinished, spare, self._max_chunk):
-            self._refused = (sequence, kv.num_releases)
+            self._refused = (sequence, kv.num_changes)
             return False
         del self._waiting[0]
         kv.admit(sequence, prefix)
@@ -302,11 +302,12 @@ class Scheduler:
         assert step.step == self._step, f"step {step.step} finished, {self._step} runs"
         num_ended = self._num_ended
         outputs: list[StepOutput] = []
+        for index, error in output.sequence_errors.items():
+            self._fail(step.sequences[index], error, outputs)
         failed = {step.sample_sources[index] for index in output.errors} if output.errors else set()
         self._finish_chunks(step, output, failed)
         for index, error in output.errors.items():
-            if step.sampled[index].state != "finished":
-                outputs.append(self._fail(step.sampled[index], error))
+            self._fail_output(step.sampled[index], error, outputs)
         self._finish_decodes(step, output, outputs)
         self._finish_prompts(step, output, outputs)
         if self._num_ended > num_ended:
@@ -316,13 +317,27 @@ class Scheduler:
     def fail(self, step: ScheduledStep, error: str) -> list[StepOutput]:
         """End every output of a step that could not be run; to be called in place of `finish`."""
         assert step.step == self._step, f"step {step.step} failed, {self._step} runs"
-        outputs = [
-            self._fail(sequence, error)
-            for sequence in dict.fromkeys((*step.sequences, *step.sampled))
-            if sequence.state != "finished"
-        ]
+        outputs: list[StepOutput] = []
+        for sequence in step.sequences:
+            self._fail(sequence, error, outputs)
         self._drop_ended()
         return outputs
+
+    def retract(self, step: ScheduledStep) -> None:
+        """Put the sequences of a step that was interrupted back in the queue, nothing lost.
+
+        To be called in place of `finish`. They are computed anew, as if preempted.
+        """
+        assert step.step == self._step, f"step {step.step} retracted, {self._step} runs"
+        for sequence in step.sampled:
+            if sequence.row < 0 and sequence.state != "finished":  # a fork: it is made again
+                del self._requests[sequence.request.request_id].sequences[sequence.index]
+        for sequence in step.sequences:
+            if sequence.row >= 0:
+                self._kv.release(sequence)
+                sequence.num_computed_tokens = 0
+                self._wait(sequence)
+        self._drop_ended()
 
     def _finish_chunks(self, step: ScheduledStep, output: SamplerOutput, failed: set[int]) -> None:
         """Note that the prompts' chunks are computed, and fork the prompts that are complete."""
@@ -352,18 +367,39 @@ class Scheduler:
                 fork.state = "running"
                 self._decodes.append(fork)
 
-    def _fail(self, sequence: Sequence, error: str) -> StepOutput:
+    def _fail(self, sequence: Sequence, error: str, outputs: list[StepOutput]) -> None:
+        """End a sequence, and with a prompt that has no output yet all that it would have had."""
+        request = sequence.request
+        if sequence.state == "finished" or sequence.num_output_tokens or sequence.index:
+            self._fail_output(sequence, error, outputs)
+            return
+        live = self._requests[request.request_id]
+        for index in range(request.sampling.n):
+            fork = live.sequences.get(index)
+            if fork is not None:
+                self._fail_output(fork, error, outputs)
+            else:
+                unborn = StepOutput(
+                    request.request_id, index, (), finish_reason="error", error=error
+                )
+                outputs.append(unborn)
+
+    def _fail_output(self, sequence: Sequence, error: str, outputs: list[StepOutput]) -> None:
+        if sequence.state == "finished":
+            return
         is_first = sequence.num_output_tokens == 0
         self._end(sequence, "error")
-        return StepOutput(
-            sequence.request.request_id,
-            sequence.index,
-            (),
-            (),
-            "error",
-            _prompt_logprobs(sequence) if is_first else None,
-            error,
-            sequence.num_cached_tokens if is_first else 0,
+        outputs.append(
+            StepOutput(
+                sequence.request.request_id,
+                sequence.index,
+                (),
+                (),
+                "error",
+                _prompt_logprobs(sequence) if is_first else None,
+                error,
+                sequence.num_cached_tokens if is_first else 0,
+            )
         )
 
     def _finish_decodes(

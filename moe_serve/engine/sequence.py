@@ -93,6 +93,8 @@ class SamplerOutput:
     token_ids: one per entry of `ScheduledStep.sampled`. logprobs: likewise, or None when nobody
         asked; an entry is None where its request did not. errors: why a sampled row failed (a NaN
         in its logits), by its index; its token id means nothing.
+    sequence_errors: why a sequence that ran failed as a whole (a hidden state that is not finite,
+        sampled or not), by its index in `sequences`: nothing that it computed may be used again.
     prompt_logprobs: for the indices into `sequences` whose requests ask for them: the logprobs of
         the prompt tokens *after* each token that ran (the last prompt token has none after it).
     """
@@ -100,4 +102,5 @@ class SamplerOutput:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
     errors: dict[int, str] = field(default_factory=dict)
+    sequence_errors: dict[int, str] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)

@@ -203,47 +203,93 @@ def test_an_abort_gives_everything_back(tmp_path: Path) -> None:
     assert (stats.num_running, stats.num_waiting) == (0, 0)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()], ids=repr)
-def test_a_step_that_fails_takes_only_its_own_requests_with_it(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2"])
+def test_a_nan_in_a_chunk_that_samples_nothing_is_not_found_by_others(
+    model_type: str, tmp_path: Path
 ) -> None:
-    tiny.save_checkpoint(tmp_path, "mistral")
-    engine = _engine(tmp_path, max_num_seqs=3, block_size=4)
-    requests = [replace(r, sampling=replace(r.sampling, n=2)) for r in _requests(6)]
-    want = _run(_engine(tmp_path, enable_prefix_caching=False), requests)
-    free = [pool.num_available for pool in engine.scheduler._kv.pools]
+    # a head of its own: tied to the embedding, it would give every request a NaN
+    tiny.save_checkpoint(tmp_path, model_type, {"tie_word_embeddings": False})
+    engine = _engine(tmp_path, block_size=16, max_prefill_chunk=64)
+    bad_token = 7
+    engine.runner.model.embedding[bad_token] = float("nan")
+    shared = tuple(range(20, 52))
+    params = SamplingParams(temperature=0.0, max_tokens=6, logit_bias={bad_token: -100.0})
+    clean = Request(request_id="clean", prompt_ids=(*shared, 3, 4), sampling=params)
+    want = _run(_engine(tmp_path, enable_prefix_caching=False), [clean])
+    prompt = (*shared, *range(60, 68), bad_token, *range(70, 130))
+    poisoned = Request(
+        request_id="poisoned", prompt_ids=prompt, sampling=replace(params, n=3, prompt_logprobs=1)
+    )
+    ended = _run(engine, [poisoned])
+    assert {key: out[2] for key, out in ended.items()} == {
+        ("poisoned", index): "error" for index in range(3)
+    }
+    assert _run(engine, [clean]) == want
+
+
+def _failing(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make the first and the fourth step of an engine fail."""
     run = engine.runner.run
     calls = 0
 
-    def failing(step: ScheduledStep) -> SamplerOutput:
+    def run_or_fail(step: ScheduledStep) -> SamplerOutput:
         nonlocal calls
         calls += 1
         if calls in (1, 4):
             raise error
         return run(step)
 
-    monkeypatch.setattr(engine.runner, "run", failing)
+    monkeypatch.setattr(engine.runner, "run", run_or_fail)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_step_that_fails_takes_only_its_own_requests_with_it(
+    chunk: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_checkpoint(tmp_path, "mistral")
+    engine = _engine(tmp_path, max_num_seqs=3, block_size=4, max_prefill_chunk=chunk)
+    requests = [replace(r, sampling=replace(r.sampling, n=2)) for r in _requests(12)]
+    want = _run(_engine(tmp_path, enable_prefix_caching=False), requests)
+    free = [pool.num_available for pool in engine.scheduler._kv.pools]
+    _failing(engine, monkeypatch, RuntimeError("no memory"))
+    got = _run(engine, requests)
+    assert set(got) == set(want), "every output ends"
+    reasons = {out[2] for out in got.values()}
+    assert reasons == {"length", "error"}
+    assert all(got[key] == want[key] for key, out in got.items() if out[2] == "length")
+    assert [pool.num_available for pool in engine.scheduler._kv.pools] == free
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), AssertionError("ours")], ids=repr)
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_an_interrupt_loses_nothing(
+    error: BaseException, chunk: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_checkpoint(tmp_path, "qwen2")
+    engine = _engine(tmp_path, max_num_seqs=3, block_size=4, max_prefill_chunk=chunk)
+    requests = [
+        replace(r, sampling=replace(r.sampling, n=2, prompt_logprobs=0)) for r in _requests(5)
+    ]
+    want = _run(_engine(tmp_path, enable_prefix_caching=False), requests)
+    _failing(engine, monkeypatch, error)
     for request in requests:
         engine.add(request)
-    ended: dict[tuple[str, int], StepOutput] = {}
-    tokens: dict[tuple[str, int], tuple[int, ...]] = {}
+    parts: dict[tuple[str, int], list[StepOutput]] = {}
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            _drain_into(engine, parts)
+    # what came between the interrupts is in `parts`; the rest follows
+    rest = _drain(engine)
+    tokens = {key: sum((o.token_ids for o in found), ()) for key, found in parts.items()}
+    for key, (all_tokens, _, reason) in want.items():
+        if key in rest:
+            assert tokens.get(key, ()) + rest[key][0] == all_tokens
+            assert rest[key][2] == reason
+        else:
+            assert tokens[key] == all_tokens
+
+
+def _drain_into(engine: Engine, parts: dict[tuple[str, int], list[StepOutput]]) -> None:
     while engine.has_unfinished:
-        try:
-            outputs = engine.step()
-        except KeyboardInterrupt:
-            continue
-        for output in outputs:
-            key = (output.request_id, output.index)
-            tokens[key] = tokens.get(key, ()) + output.token_ids
-            if output.finish_reason is not None:
-                assert key not in ended
-                ended[key] = output
-    good = {key for key, output in ended.items() if output.finish_reason == "length"}
-    assert good
-    assert len(good) < len(want)
-    assert all(tokens[key] == want[key][0] for key in good)
-    if isinstance(error, RuntimeError):
-        failed = [output for output in ended.values() if output.finish_reason == "error"]
-        assert failed
-        assert all(output.error == "the step failed: RuntimeError: no memory" for output in failed)
-    assert [pool.num_available for pool in engine.scheduler._kv.pools] == free
+        for output in engine.step():
+            parts.setdefault((output.request_id, output.index), []).append(output)
