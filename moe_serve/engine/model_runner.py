@@ -55,8 +55,8 @@ class ModelRunner:
             sources, targets = torch.tensor(pairs).t()  # [num_pairs] each
             for layer in group.layers:
                 for cache in (self._caches[layer].key, self._caches[layer].value):
-                    blocks = cache.view(-1, size, *cache.shape[1:])
-                    blocks[targets] = blocks[sources]
+                    blocks = cache.view(cache.shape[0], -1, size, cache.shape[2])
+                    blocks[:, targets] = blocks[:, sources]
 
     def _prompt_logprobs(
         self, step: ScheduledStep, hidden: Tensor

@@ -14,7 +14,7 @@ from moe_serve.layers.linear import Linear
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Keys and values of one layer: [num_slots, num_kv_heads, head_dim] each."""
+    """Keys and values of one layer: [num_kv_heads, num_slots, head_dim] each."""
 
     key: Tensor
     value: Tensor

@@ -195,8 +195,8 @@ class Decoder:
         spec = self.spec.attention
 
         def empty(num_slots: int) -> Tensor:
-            cache = torch.empty(num_slots, spec.num_kv_heads, spec.head_dim, dtype=self.dtype)
-            cache[:block_size] = 0
+            cache = torch.empty(spec.num_kv_heads, num_slots, spec.head_dim, dtype=self.dtype)
+            cache[:, :block_size] = 0
             return cache
 
         sizes = [(count + 1) * block_size for count in num_blocks]

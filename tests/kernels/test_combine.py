@@ -9,6 +9,7 @@ from moe_serve.kernels.combine import reference
 from tests.kernels.row_independence import same_bits
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("has_shared", [False, True], ids=["routed", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_adds_in_routing_order_and_rounds_once(dtype: torch.dtype, has_shared: bool) -> None:

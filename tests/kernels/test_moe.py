@@ -72,6 +72,7 @@ def test_pairs_do_not_see_each_other(dtype: torch.dtype, hidden_size: int, size:
         assert same_bits(run(rows), whole[rows]), (len(rows), threads)
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 def test_silu_does_not_see_where_a_value_stands() -> None:
     torch.manual_seed(0)
     gate_up = torch.randn(400, 2 * 100)

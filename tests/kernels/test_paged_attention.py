@@ -47,7 +47,12 @@ def _cached(
             key_cache[block, : part.stop - part.start] = keys[row][part]
             value_cache[block, : part.stop - part.start] = values[row][part]
     return Cached(
-        keys, values, key_cache.flatten(0, 1), value_cache.flatten(0, 1), table, block_size
+        keys,
+        values,
+        key_cache.flatten(0, 1).transpose(0, 1).contiguous(),
+        value_cache.flatten(0, 1).transpose(0, 1).contiguous(),
+        table,
+        block_size,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from moe_serve.kernels.rope import reference
 from moe_serve.layers.rope import RopeSpec, rope_table
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 def test_rotation_is_a_complex_product() -> None:
     torch.manual_seed(0)
     rows = torch.randn(5, 3, 8)
@@ -38,16 +40,17 @@ def test_a_score_depends_on_the_distance_alone() -> None:
     assert abs(score(10, 3) - score(10, 4)) > 1e-3
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 def test_keys_and_values_land_in_their_slots_and_nowhere_else() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
     cos, sin = torch.ones(3, 1, 4), torch.zeros(3, 1, 4)
-    keys, values = torch.full((2, 10, 2, 8), 7.0).unbind(0)
+    keys, values = torch.full((2, 2, 10, 8), 7.0).unbind(0)
     slots = torch.tensor([9, 2, 4])
     out = reference.rope_write_kv(query, key, value, cos, sin, keys, values, slots)
     torch.testing.assert_close(out, query)
-    torch.testing.assert_close(keys[slots], key)
-    torch.testing.assert_close(values[slots], value)
+    torch.testing.assert_close(keys[:, slots], key.transpose(0, 1))
+    torch.testing.assert_close(values[:, slots], value.transpose(0, 1))
     rest = [slot for slot in range(10) if slot not in slots.tolist()]
-    assert bool((keys[rest] == 7).all())
-    assert bool((values[rest] == 7).all())
+    assert bool((keys[:, rest] == 7).all())
+    assert bool((values[:, rest] == 7).all())

@@ -30,21 +30,26 @@ _NARROW = 8
 _PROBED_ELEMENTS = 2**22
 
 
-def padded_rows(num_rows: int, *weights: Tensor) -> int:
-    """Return the least row count >= num_rows at which the product with each weight is exact.
+def padded_counts(*weights: Tensor) -> tuple[int, ...]:
+    """Return for 0, 1, 2 ... rows the least count from there on that is exact for each weight.
 
     Exact: every row has the bits that it has among many rows. weights: [out_features,
-    in_features], of one dtype.
+    in_features], of one dtype. Counts beyond the end of the table need no padding.
     """
-    if num_rows == 0:
-        return 0
-    threads = torch.get_num_threads()
-    tables = [
-        _exact_counts(weight.dtype, weight.shape[0], weight.shape[1], threads) for weight in weights
-    ]
-    while num_rows < _MANY_ROWS and not all(table[num_rows] for table in tables):
-        num_rows += 1
-    return num_rows
+    shapes = tuple((weight.dtype, *weight.shape) for weight in weights)
+    return _padded_counts(shapes, torch.get_num_threads())
+
+
+@functools.cache
+def _padded_counts(
+    shapes: tuple[tuple[torch.dtype, int, int], ...], threads: int
+) -> tuple[int, ...]:
+    exact = [_exact_counts(*shape, threads) for shape in shapes]
+    padded = list(range(_MANY_ROWS + 1))
+    for count in range(_MANY_ROWS - 1, 0, -1):
+        if not all(counts[count] for counts in exact):
+            padded[count] = padded[count + 1]
+    return tuple(padded)
 
 
 @functools.cache
@@ -77,7 +82,7 @@ def pack(weight: Tensor) -> Tensor:
 
     Asks the library about the weight's shape, so that the first request need not wait for it.
     """
-    padded_rows(1, weight)
+    padded_counts(weight)
     return weight
 
 
@@ -92,7 +97,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = products.sum(-1).to(rows.dtype)
         return out if bias is None else out + bias
     num_rows = rows.shape[0]
-    wanted = padded_rows(num_rows, weight)
+    table = padded_counts(weight)
+    wanted = table[num_rows] if num_rows < len(table) else num_rows
     if wanted != num_rows:
         rows = F.pad(rows, (0, 0, 0, wanted - num_rows))
     out = torch.mm(rows, weight.t())[:num_rows]

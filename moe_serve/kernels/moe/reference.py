@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.linear.reference import padded_rows
+from moe_serve.kernels.linear.reference import padded_counts
 
 # rows of float32 that are worked on at once, so that they stay in a core's cache
 _CACHED_ROWS = 256
@@ -40,7 +40,8 @@ def moe(
     Returns [num_pairs, hidden_size], in the order of the pairs.
     """
     active = [(expert, count) for expert, count in enumerate(counts) if count]
-    sizes = [padded_rows(count, gate_up[0], down[0]) for _, count in active]
+    table = padded_counts(gate_up[0], down[0])
+    sizes = [table[count] if count < len(table) else count for _, count in active]
     is_padded = any(size != count for size, (_, count) in zip(sizes, active, strict=True))
     place = _places(active, sizes, row_of_pair.device) if is_padded else None
     total = sum(sizes)

@@ -164,7 +164,7 @@ def paged_attention(
 ) -> Tensor:
     """Attend from each query to the keys its tile lets it see.
 
-    query: [num_tokens, num_heads, head_dim]; caches: [num_slots, num_kv_heads, head_dim], the first
+    query: [num_tokens, num_heads, head_dim]; caches: [num_kv_heads, num_slots, head_dim], the first
     block zeros; sinks: float32 [num_heads], a logit in each head's denominator (gpt-oss), or None.
     Returns [num_tokens, num_heads, head_dim] in the query's dtype.
     """
@@ -184,47 +184,45 @@ def _attend(
 ) -> Tensor:
     """Return the result of one tile, float32 [num_seqs * count, num_heads, head_dim]."""
     num_heads, head_dim = query.shape[1:]
-    num_kv_heads = key_cache.shape[1]
+    num_kv_heads = key_cache.shape[0]
     group = num_heads // num_kv_heads
     num_seqs, num_keys = tile.slots.shape
     pieces = num_keys // PIECE
     count = tile.count
     num_rows = count * group
     wanted = -(-num_rows // _ROW_GRAIN) * _ROW_GRAIN
+    slots = tile.slots.flatten()
 
-    def gather(cache: Tensor) -> Tensor:  # -> [num_seqs * num_kv_heads * pieces, 64, head_dim]
-        taken = cache[tile.slots.flatten()].view(num_seqs, pieces, PIECE, num_kv_heads, head_dim)
-        wide = torch.empty(num_seqs, num_kv_heads, pieces, PIECE, head_dim, device=cache.device)
-        wide.copy_(taken.permute(0, 3, 1, 2, 4))
-        return wide.view(-1, PIECE, head_dim)
+    def gather(cache: Tensor) -> Tensor:  # -> [num_kv_heads * num_seqs * pieces, 64, head_dim]
+        return cache.index_select(1, slots).float().view(-1, PIECE, head_dim)
 
     heads = query[tile.rows].view(num_seqs, count, num_kv_heads, group, head_dim)
-    rows = torch.zeros(num_seqs, num_kv_heads, 1, wanted, head_dim, device=query.device)
-    rows[:, :, 0, :num_rows] = heads.permute(0, 2, 1, 3, 4).reshape(
-        num_seqs, num_kv_heads, num_rows, head_dim
+    rows = torch.zeros(num_kv_heads, num_seqs, 1, wanted, head_dim, device=query.device)
+    rows[:, :, 0, :num_rows] = heads.permute(2, 0, 1, 3, 4).reshape(
+        num_kv_heads, num_seqs, num_rows, head_dim
     )
     rows *= scale
     rows = rows.expand(-1, -1, pieces, -1, -1).reshape(-1, wanted, head_dim)
     scores = torch.bmm(rows, gather(key_cache).transpose(1, 2))
-    scores = scores.view(num_seqs, num_kv_heads, pieces, wanted, PIECE)
-    # [num_seqs, 1, pieces, count, 1, 64] beside [num_seqs, num_kv_heads, pieces, count, group, 64]
-    hidden = tile.is_hidden.view(num_seqs, 1, count, 1, pieces, PIECE).permute(0, 1, 4, 2, 3, 5)
-    visible = scores[:, :, :, :num_rows].view(num_seqs, num_kv_heads, pieces, count, group, PIECE)
+    scores = scores.view(num_kv_heads, num_seqs, pieces, wanted, PIECE)
+    # [num_seqs, pieces, count, 1, 64] beside [num_kv_heads, num_seqs, pieces, count, group, 64]
+    hidden = tile.is_hidden.view(num_seqs, count, 1, pieces, PIECE).permute(0, 3, 1, 2, 4)
+    visible = scores[:, :, :, :num_rows].view(num_kv_heads, num_seqs, pieces, count, group, PIECE)
     visible.masked_fill_(hidden, float("-inf"))
     highest = scores.amax(-1, keepdim=True).clamp_min_(_UNSEEN)  # m_p
     scores -= highest
     weights = scores.exp_()
     sums = weights.sum(-1, keepdim=True)  # l_p
     parts = torch.bmm(weights.view(-1, wanted, PIECE), gather(value_cache))
-    parts = parts.view(num_seqs, num_kv_heads, pieces, wanted, head_dim)  # o_p
-    top = highest.amax(2, keepdim=True)  # M: [num_seqs, num_kv_heads, 1, wanted, 1]
+    parts = parts.view(num_kv_heads, num_seqs, pieces, wanted, head_dim)  # o_p
+    top = highest.amax(2, keepdim=True)  # M: [num_kv_heads, num_seqs, 1, wanted, 1]
     sink = None
     if sinks is not None:
         # rows run over (count, group)
         per_row = sinks.view(num_kv_heads, 1, group).expand(-1, count, -1).reshape(num_kv_heads, -1)
         sink = torch.full((num_kv_heads, wanted), _UNSEEN, device=query.device)
         sink[:, :num_rows] = per_row
-        sink = sink.view(1, num_kv_heads, 1, wanted, 1)
+        sink = sink.view(num_kv_heads, 1, 1, wanted, 1)
         top = torch.maximum(top, sink)
     factors = torch.exp(highest - top)  # c_p
     numerator = torch.zeros_like(parts[:, :, 0])
@@ -235,5 +233,5 @@ def _attend(
     if sink is not None:
         denominator += torch.exp(sink - top)[:, :, 0]
     result = (numerator / denominator)[:, :, :num_rows]
-    result = result.view(num_seqs, num_kv_heads, count, group, head_dim)
-    return result.permute(0, 2, 1, 3, 4).reshape(num_seqs * count, num_heads, head_dim)
+    result = result.view(num_kv_heads, num_seqs, count, group, head_dim)
+    return result.permute(1, 2, 0, 3, 4).reshape(num_seqs * count, num_heads, head_dim)

@@ -36,9 +36,9 @@ def rope_write_kv(
     """Rotate query and key, write key and value into the cache, return the rotated query.
 
     query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim];
-    cos, sin: as in `rope`; caches: [num_slots, num_kv_heads, head_dim], changed in place at
+    cos, sin: as in `rope`; caches: [num_kv_heads, num_slots, head_dim], changed in place at
     `slots`, int64 [num_tokens].
     """
-    key_cache.index_copy_(0, slots, rope(key, cos, sin))
-    value_cache.index_copy_(0, slots, value)
+    key_cache.index_copy_(1, slots, rope(key, cos, sin).transpose(0, 1))
+    value_cache.index_copy_(1, slots, value.transpose(0, 1))
     return rope(query, cos, sin)
