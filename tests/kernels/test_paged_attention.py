@@ -110,7 +110,9 @@ def test_equals_float64(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 32), (5, 5, 8), (16, 4, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(8, 2, 32), (5, 5, 8), (16, 4, 64), (6, 3, 10), (4, 1, 6)]
+)
 def test_a_query_does_not_see_the_batch(
     dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, head_dim: int
 ) -> None:

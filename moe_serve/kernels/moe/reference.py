@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.linear.reference import padded_counts
+from moe_serve.kernels.linear.reference import multiplier, padded_counts
 
 # rows of float32 that are worked on at once, so that they stay in a core's cache
 _CACHED_ROWS = 256
@@ -52,24 +52,28 @@ def moe(
         padded[place] = row_of_pair
         rows = hidden[padded]
     both = rows.new_empty(total, gate_up.shape[1])
+    multiply = multiplier(gate_up[0])
     start = 0
     for (expert, _), size in zip(active, sizes, strict=True):
-        torch.mm(rows[start : start + size], gate_up[expert].t(), out=both[start : start + size])
+        part = slice(start, start + size)
+        multiply(rows[part], gate_up[expert], both[part])
         start += size
     inner = silu_and_mul(both)  # [total, intermediate_size]
     out = rows  # not needed any more: the same size
+    multiply = multiplier(down[0])
     start = 0
     for (expert, _), size in zip(active, sizes, strict=True):
-        torch.mm(inner[start : start + size], down[expert].t(), out=out[start : start + size])
+        part = slice(start, start + size)
+        multiply(inner[part], down[expert], out[part])
         start += size
     return out if place is None else out[place]
 
 
 def _places(active: list[tuple[int, int]], sizes: list[int], device: torch.device) -> Tensor:
     """Return where each pair stands once every expert's rows are padded, int64 [num_pairs]."""
-    places = []
+    places: list[int] = []
     start = 0
     for (_, count), size in zip(active, sizes, strict=True):
-        places.append(torch.arange(start, start + count, device=device))
+        places.extend(range(start, start + count))
         start += size
-    return torch.cat(places)
+    return torch.tensor(places, device=device)

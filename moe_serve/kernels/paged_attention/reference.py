@@ -16,10 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PIECE = 64
-# a product of float32 matrices has one order of adding from 4 rows on (docs/log.md)
+# a product of float32 matrices has one order of adding at multiples of 4 (docs/log.md)
 _ROW_GRAIN = 4
 _TILE_QUERIES = 128
 # keys gathered at once; bounds the workspace, not the result
@@ -213,7 +214,10 @@ def _attend(
     scores -= highest
     weights = scores.exp_()
     sums = weights.sum(-1, keepdim=True)  # l_p
-    parts = torch.bmm(weights.view(-1, wanted, PIECE), gather(value_cache))
+    values = gather(value_cache)
+    if head_dim % _ROW_GRAIN:  # or the last columns' bits would show a row's place
+        values = F.pad(values, (0, -head_dim % _ROW_GRAIN))
+    parts = torch.bmm(weights.view(-1, wanted, PIECE), values)[..., :head_dim]
     parts = parts.view(num_kv_heads, num_seqs, pieces, wanted, head_dim)  # o_p
     top = highest.amax(2, keepdim=True)  # M: [num_kv_heads, num_seqs, 1, wanted, 1]
     sink = None
