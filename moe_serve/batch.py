@@ -2,14 +2,15 @@
 
 The output has the input's order although many lines are served at once. It is only appended to, a
 whole line at a time: after a kill the next run continues behind the last whole line, and since a
-line's seed comes from its number it gives what an uninterrupted run would have given.
+line's seed comes from its number it gives what an uninterrupted run would have given. Only
+`created`, the time of an answer, differs; how many tokens came from the prefix cache, which depends
+on what ran beside a line, is not told.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,16 +43,19 @@ def run_batch(
     """Answer every line of `source` in `target`, continuing what is there.
 
     A bad line is answered with status 400. ConfigError: a file that cannot be used, a target that
-    belongs to another source or that another run is writing.
+    belongs to another source or that another run is writing; it is then as it was.
     """
+    if not source.is_file():
+        raise ConfigError(f"{source}: no such file")
     with _open(source, "rb") as lines:
         if target.exists() and source.samefile(target):
             raise ConfigError(f"{target}: is the input; name another file for the output")
         with _open(target, "ab+") as answers:
             _lock(answers, target)
-            done = _read_done(answers, target)
+            done, num_bytes = _read_done(answers, target)
             job = _Job(llm, lines, answers, source)
             job.skip(done, target)
+            answers.truncate(num_bytes)  # a torn last line goes, now that the file is ours
             num_lines = _count_lines(source)
             with progress_bar(num_lines, num_done=len(done), is_shown=is_bar_shown) as bar:
                 for output in llm.serve(job.requests()):
@@ -138,7 +142,9 @@ class _Job:
         if not isinstance(entry["body"], dict) or not isinstance(entry["url"], str):
             raise RequestError("body must be an object, and url text")
         asked = read_body(entry["url"], entry["body"], self._llm.requests, self._defaults)
-        prepared = self._llm.prepare(asked.prompt, asked.sampling, index=number)
+        prepared = self._llm.prepare(
+            asked.prompt, asked.sampling, index=number, priority=asked.priority
+        )
         self._served[prepared.request.request_id] = (number, custom_id, asked.kind)
         return prepared
 
@@ -196,33 +202,40 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     return entry if isinstance(entry, dict) else "not a JSON object"
 
 
-def _read_done(answers: IO[bytes], target: Path) -> list[str | None]:
-    """Return the custom_ids of the answers that are there, and cut off a torn last line."""
+def _read_done(answers: IO[bytes], target: Path) -> tuple[list[str | None], int]:
+    """Return the custom_ids of the answers that are there, and how many bytes these are.
+
+    A last line without an end is what a kill leaves: it counts for nothing. ConfigError for what is
+    no output of a batch; nothing is changed.
+    """
     answers.seek(0)
     done: list[str | None] = []
-    whole_bytes = 0
-    bad: int | None = None
+    num_bytes = 0
     for number, line in enumerate(answers):
-        if bad is not None:
-            raise ConfigError(f"{target}: line {bad + 1} is no answer of a batch; name a new file")
+        if not line.endswith(b"\n") and _may_be_torn(line):
+            break
         entry = _parse(line)
-        if not line.endswith(b"\n") or isinstance(entry, str) or "response" not in entry:
-            bad = number
-            continue
-        done.append(entry.get("custom_id"))
-        whole_bytes += len(line)
-    if bad == 0 and not _may_be_torn(answers):
-        raise ConfigError(f"{target}: is no output of a batch; name a new file")
-    answers.truncate(whole_bytes)
-    return done
+        if isinstance(entry, str) or not _is_answer(entry, number) or not line.endswith(b"\n"):
+            raise ConfigError(
+                f"{target}: line {number + 1} is no answer of a batch; name a new file"
+            )
+        done.append(entry["custom_id"])
+        num_bytes += len(line)
+    return done, num_bytes
 
 
-def _may_be_torn(answers: IO[bytes]) -> bool:
-    """Whether a file without a whole answer begins like one: else it is not ours to cut."""
-    answers.seek(0)
-    start = b'{"id": "batch_req_0"'
-    found = answers.read(len(start))
-    return start.startswith(found)
+def _is_answer(entry: dict[str, Any], number: int) -> bool:
+    return (
+        entry.get("id") == f"batch_req_{number}"
+        and "response" in entry
+        and isinstance(entry.get("custom_id", 0), str | None)
+    )
+
+
+def _may_be_torn(line: bytes) -> bool:
+    """Whether a line without an end begins like an answer: else it is not ours to cut."""
+    start = b'{"id": "batch_req_'
+    return line.startswith(start) or start.startswith(line)
 
 
 def _lock(answers: IO[bytes], target: Path) -> None:
@@ -239,9 +252,7 @@ def _open(path: Path, mode: str) -> IO[bytes]:
         raise ConfigError(f"{path}: cannot be opened ({error.strerror})") from error
 
 
-def _count_lines(path: Path) -> int | None:
-    """Return how many lines there are that are not blank; None for what is no plain file."""
-    if not os.path.isfile(path):
-        return None
+def _count_lines(path: Path) -> int:
+    """Return how many lines there are that are not blank."""
     with path.open("rb") as lines:
         return sum(1 for line in lines if line.strip())

@@ -118,9 +118,7 @@ def _rounds(
             f"{input_len + output_len} tokens; the context holds {llm.engine.max_model_len}"
         )
     noise = random.Random(llm.engine.config.runtime.seed)
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=output_len, min_tokens=output_len, ignore_eos=True
-    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     rounds = []
     for _ in range(num_iters + 1):
         prompts = [

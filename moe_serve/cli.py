@@ -21,7 +21,7 @@ import typer
 
 from moe_serve import plugin
 from moe_serve.config import EngineConfig, OptionField, option_fields, resolve_options
-from moe_serve.errors import ConfigError, MoeServeError, RequestError
+from moe_serve.errors import CheckpointError, ConfigError, MoeServeError, RequestError
 
 if TYPE_CHECKING:
     from moe_serve.llm import LLM
@@ -36,7 +36,11 @@ SAMPLING_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("max_tokens", int, f"Most tokens of an output. [default: {DEFAULT_MAX_TOKENS}]"),
     ("min_tokens", int, "No end before so many tokens."),
     ("temperature", float, "0 is greedy. [default: the model's]"),
-    ("top_p", float, "Least probability of the tokens to choose from. [default: the model's]"),
+    (
+        "top_p",
+        float,
+        "How much probability the tokens to choose from have together. [default: the model's]",
+    ),
     ("top_k", int, "How many tokens to choose from; 0: all. [default: the model's]"),
     ("min_p", float, "Least probability of a token, as a share of the best one's."),
     ("n", int, "Outputs of each prompt."),
@@ -181,7 +185,8 @@ def generate(
                 listed.append(prompt_of(entry, llm.requests))
             except RequestError as error:
                 raise type(error)(f"prompt {index}: {error}") from error
-        outputs = llm.generate(listed, params)
+        priorities = [entry.get("priority", 0) for entry in entries]
+        outputs = llm.generate(listed, params, priority=priorities)
         _print_json(_json_report(llm, outputs)) if as_json else _print_texts(outputs)
     _close(llm, outputs)
 
@@ -200,6 +205,7 @@ def chat(
     if not llm.has_chat_template:
         _note(f"{llm.model} has no chat template: it continues the text (see --chat-template)")
     history: list[dict[str, str]] = []
+    num_failed = 0
     for line in _chat_lines():
         if line == "/exit":
             break
@@ -208,7 +214,9 @@ def chat(
         elif line.startswith("/"):
             _note(f"no command {line.split()[0]!r} (there are: /reset, /exit)")
         elif line.strip():
-            _answer(llm, params, history, line)
+            num_failed += not _answer(llm, params, history, line)
+    if num_failed and not sys.stdin.isatty():
+        raise typer.Exit(1)
 
 
 @_verb(app)
@@ -220,10 +228,10 @@ def batch(
     engine: dict[str, Any],
 ) -> None:
     """Answer a file of requests in OpenAI's batch form, going on where it was stopped."""
+    if not source.is_file():  # before the model is read
+        raise ConfigError(f"{source}: no such file")
     from moe_serve.batch import run_batch  # imports torch
 
-    if not source.is_file():
-        raise ConfigError(f"{source}: no such file")
     llm, _ = _load(engine, {}, chat_template)
     report = run_batch(llm, source, target)
     _note(
@@ -406,31 +414,44 @@ def _chat_lines() -> Iterator[str]:
             return
 
 
-def _answer(llm: LLM, params: SamplingParams, history: list[dict[str, str]], line: str) -> None:
-    """Print the answer to one message; the history grows by both, or by nothing on an error."""
+def _answer(llm: LLM, params: SamplingParams, history: list[dict[str, str]], line: str) -> bool:
+    """Print the answer to one message; the history grows by both, or by nothing on an error.
+
+    Return False on an error.
+    """
     messages = [*history, {"role": "user", "content": line}]
     try:
         if llm.has_chat_template:
             prompt: Any = llm.requests.chat_prompt(messages)
         else:
             prompt = "\n".join(message["content"] for message in messages)
-        output = _print_stream(llm, prompt, params)
+        answer = _print_stream(llm, prompt, params).outputs[0]
     except RequestError as error:
-        if not sys.stdin.isatty():
-            raise
         _note(f"error: {error} (/reset begins anew)")
-        return
+        return False
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
         print()  # the answer ends here, the conversation goes on
-        return
-    history[:] = [*messages, {"role": "assistant", "content": output.outputs[0].text}]
-    _close(llm, [output])
+        return True
+    if answer.finish_reason == "error":
+        _note(f"error: {answer.error} (the conversation is as it was before)")
+        return False
+    history[:] = [*messages, {"role": "assistant", "content": answer.text}]
+    _close(llm, [])
+    return True
 
 
 def _note(text: str, program: str = f"{PROGRAM}: ") -> None:
     print(f"{program}{printable(text)}", file=sys.stderr, flush=True)
+
+
+def _note_lines(text: str) -> None:
+    """Print a text of several lines, each of them made printable."""
+    first, *others = text.split("\n")
+    _note(first)
+    for line in others:
+        _note(line, program="")
 
 
 def printable(text: str) -> str:
@@ -477,7 +498,10 @@ def _report(error: Exception, is_debug: bool) -> int:
     else:
         message, code = f"a fault in {PROGRAM}: {type(error).__name__}: {error}", 1
         message += "" if is_debug else " (--debug shows where)"
-    _note(f"error: {message}")
+    if isinstance(error, CheckpointError):  # may list several problems, one a line
+        _note_lines(f"error: {message}")
+    else:
+        _note(f"error: {message}")
     return code
 
 

@@ -53,15 +53,11 @@ def _downloaded(name: str, revision: str | None) -> Path:
     """Return the folder of a hub model, from the cache or the network."""
     # an optional library as far as folders go, and one that takes time to import
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        if _is_complete(cached):
+        cached = _cached(name, revision)
+        if cached is not None and _is_complete(cached):
             return cached
-    except LocalEntryNotFoundError:
-        pass  # never downloaded: what comes next is for
-    try:
         return Path(
             snapshot_download(
                 name,
@@ -70,7 +66,10 @@ def _downloaded(name: str, revision: str | None) -> Path:
                 ignore_patterns=list(UNWANTED_FILES),
             )
         )
-    # Whatever it is: besides its own errors the library lets those of its HTTP client through.
+    except CheckpointError:
+        raise
+    # Whatever it is: besides its own errors (a name that no hub model can have is one) the library
+    # lets those of its HTTP client through.
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
@@ -79,6 +78,17 @@ def _downloaded(name: str, revision: str | None) -> Path:
             f"({reason[0] if reason else type(error).__name__}); give a folder, or check the name "
             f"and the network{nearest(name, [EMBEDDED_MODEL])}"
         ) from error
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a model that was downloaded before, all of it or some."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _is_complete(folder: Path) -> bool:

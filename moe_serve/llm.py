@@ -16,12 +16,18 @@ from typing import Any, Protocol, Self, cast
 
 from moe_serve.config import EngineConfig, resolve_options
 from moe_serve.engine.build import build_engine
-from moe_serve.errors import ConfigError, RequestError
+from moe_serve.errors import CheckpointError, ConfigError, RequestError
 from moe_serve.hub import resolve_model
-from moe_serve.models.hf_config import GenerationDefaults, read_generation_defaults
+from moe_serve.models.hf_config import (
+    GENERATION_FILE,
+    GenerationDefaults,
+    HFConfig,
+    read_generation_defaults,
+)
+from moe_serve.models.registry import read_spec
 from moe_serve.models.spec import ModelSpec
 from moe_serve.text.chat_template import ChatTemplate, load_chat_template, read_chat_template
-from moe_serve.text.progress import progress_bar
+from moe_serve.text.progress import loading_bar, progress_bar
 from moe_serve.text.prompts import Message, PreparedRequest, Prompt, RequestMaker
 from moe_serve.text.request_output import RequestState
 from moe_serve.text.run_metrics import EngineStats, RunMeter, RunMetrics
@@ -57,7 +63,8 @@ class LLM:
     model: a folder, a hub name, or "demo-moe", the embedded one. options: the leaves of
     `EngineConfig` by name (block_size=16, ...), which the environment (MOE_SERVE_BLOCK_SIZE) may
     also set; or a whole `config`, which then stands alone. chat_template: a file that replaces the
-    model's own. Raises ConfigError, CheckpointError, or CapacityError when it does not fit.
+    model's own. use_tqdm: a progress bar on stderr while weights are read; None: when that is a
+    terminal. Raises ConfigError, CheckpointError, or CapacityError when it does not fit.
     """
 
     last_run: RunMetrics | None = None
@@ -68,6 +75,7 @@ class LLM:
         *,
         config: EngineConfig | None = None,
         chat_template: str | Path | None = None,
+        use_tqdm: bool | None = None,
         **options: Any,
     ) -> None:
         if model is not None:
@@ -81,21 +89,26 @@ class LLM:
             )
         weights = config.weights
         folder = resolve_model(weights.model, weights.revision)
+        spec = read_spec(HFConfig.read(folder))
         tokenizer_folder = folder
         if weights.tokenizer is not None:
             tokenizer_folder = resolve_model(weights.tokenizer, None)
         tokenizer = load_tokenizer(tokenizer_folder)
+        if tokenizer is not None:
+            tokenizer.check_fits(spec.vocab_size)  # before the weights, which may take minutes
         special_tokens = {} if tokenizer is None else tokenizer.special_tokens
         if chat_template is not None:
             template: ChatTemplate | None = read_chat_template(Path(chat_template), special_tokens)
         else:
             template = load_chat_template(tokenizer_folder, special_tokens)
-        self._adopt(
-            build_engine(config, folder),
-            tokenizer,
-            read_generation_defaults(folder),
-            template,
-        )
+        defaults = read_generation_defaults(folder)
+        try:
+            _sampling_of(defaults)
+        except RequestError as error:
+            raise CheckpointError(f"{folder / GENERATION_FILE}: {error}") from error
+        with loading_bar(is_shown=use_tqdm) as on_progress:
+            engine = build_engine(config, folder, on_progress=on_progress)
+        self._adopt(engine, tokenizer, defaults, template)
 
     @classmethod
     def from_parts(
@@ -106,6 +119,8 @@ class LLM:
         chat_template: ChatTemplate | None = None,
     ) -> Self:
         """Make one around an engine that is already there."""
+        if tokenizer is not None:
+            tokenizer.check_fits(engine.spec.vocab_size)
         llm = cls.__new__(cls)
         llm._adopt(engine, tokenizer, defaults or GenerationDefaults(), chat_template)
         return llm
@@ -117,8 +132,6 @@ class LLM:
         defaults: GenerationDefaults,
         chat_template: ChatTemplate | None,
     ) -> None:
-        if tokenizer is not None:
-            tokenizer.check_fits(engine.spec.vocab_size)
         eos_token_ids = defaults.eos_token_ids
         if not eos_token_ids and tokenizer is not None and tokenizer.eos_id is not None:
             eos_token_ids = frozenset({tokenizer.eos_id})
@@ -135,6 +148,7 @@ class LLM:
         self._defaults = defaults
         self._num_made = 0
         self._active: dict[str, _Served] = {}
+        self._untold: deque[StepOutput] = deque()
 
     @property
     def model(self) -> str:
@@ -147,28 +161,22 @@ class LLM:
 
     def default_sampling_params(self) -> SamplingParams:
         """Return what the model's generation_config suggests; else the defaults of the class."""
-        defaults = self._defaults
-        named = {
-            "temperature": defaults.temperature,
-            "top_p": defaults.top_p,
-            "top_k": defaults.top_k,
-            "min_p": defaults.min_p,
-            "repetition_penalty": defaults.repetition_penalty,
-            "max_tokens": defaults.max_new_tokens,
-        }
-        return SamplingParams.from_mapping({k: v for k, v in named.items() if v is not None})
+        return _sampling_of(self._defaults)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Return each prompt's outputs, in the order of the prompts.
 
         prompts: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; or a list of such.
+        A dict may also have a "cache_salt": only prompts of one salt share a prefix cache.
         sampling_params: one for all, or one for each; None: `default_sampling_params()`.
+        priority: one for all, or one for each; with scheduling_policy="priority" lower runs first.
         use_tqdm: a progress bar on stderr; None: when that is a terminal.
         All prompts are checked before the first runs: a bad one is a RequestError that names its
         place, and nothing ran. A prompt without a seed gets one from the `seed` option and how many
@@ -176,58 +184,66 @@ class LLM:
         """
         listed = _prompt_list(prompts)
         params = self._params_list(sampling_params, len(listed))
-        return self._generate(listed, params, use_tqdm)
+        return self._generate(listed, params, _priorities(priority, len(listed)), use_tqdm)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] | None = None,
+        cache_salt: str | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Return the assistant's next words: as `generate`, after the model's chat template.
 
         messages: one conversation, [{"role": ..., "content": ...}, ...], or a list of such.
+        cache_salt is that of all of them.
         """
         many = isinstance(messages, Sequence) and messages and not isinstance(messages[0], Mapping)
         conversations = cast("list[Conversation]", messages if many else [messages])
         prompts: list[Prompt] = []
         for index, conversation in enumerate(conversations):
             with _naming("conversation", index, len(conversations)):
-                prompts.append(self.requests.chat_prompt(conversation))
+                prompts.append(self.requests.chat_prompt(conversation, cache_salt=cache_salt))
         params = self._params_list(sampling_params, len(prompts))
-        return self._generate(prompts, params, use_tqdm)
+        return self._generate(prompts, params, _priorities(priority, len(prompts)), use_tqdm)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> Iterator[RequestOutput]:
         """Yield a prompt's outputs whenever they grew: each time all there is since the start.
 
         The prompt is checked at once. Closing the iterator aborts the request.
         """
-        prepared = self.prepare(prompt, sampling_params or self.default_sampling_params())
+        sampling = sampling_params or self.default_sampling_params()
+        prepared = self.prepare(prompt, sampling, priority=priority)
         return self._stream(prepared)
 
     def stream_text(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> Iterator[str]:
         """Yield the new text only, of a request with n = 1; joined it is the output's text."""
         sampling = sampling_params or self.default_sampling_params()
         if sampling.n != 1:
             raise RequestError(f"n is {sampling.n}; stream_text gives one text: use stream")
-        stream = self.stream(prompt, sampling)
-        return self._pieces(stream)
+        return self._pieces(self.stream(prompt, sampling, priority=priority))
 
     def prepare(
-        self, prompt: Prompt, sampling: SamplingParams, *, index: int | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        index: int | None = None,
+        priority: int = 0,
     ) -> PreparedRequest:
         """Check one prompt and make its request.
 
         index: what its id and seed are made of; None: how many this LLM took before.
         """
         if index is not None:
-            return self.requests.make(prompt, sampling, index=index)
-        prepared = self.requests.make(prompt, sampling, index=self._num_made)
+            return self.requests.make(prompt, sampling, index=index, priority=priority)
+        prepared = self.requests.make(prompt, sampling, index=self._num_made, priority=priority)
         self._num_made += 1
         return prepared
 
@@ -248,13 +264,20 @@ class LLM:
             run.close()
 
     def _generate(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool | None
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int],
+        use_tqdm: bool | None,
     ) -> list[RequestOutput]:
         first = self._num_made
         prepared = []
-        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+        asked = zip(prompts, params, priorities, strict=True)
+        for index, (prompt, sampling, priority) in enumerate(asked):
             with _naming("prompt", index, len(prompts)):
-                prepared.append(self.prepare(prompt, sampling, index=first + index))
+                prepared.append(
+                    self.prepare(prompt, sampling, index=first + index, priority=priority)
+                )
         self._num_made += len(prepared)
         run = _Run(self, prepared)
         try:
@@ -311,9 +334,11 @@ class LLM:
 
     def _step(self) -> None:
         """Run one step and tell every request it served, whoever waits for it."""
-        outputs = self.engine.step()
+        if not self._untold:
+            self._untold.extend(self.engine.step())
         now_s = time.monotonic()
-        for step in outputs:
+        while self._untold:  # an interrupt leaves the rest to whoever steps next
+            step = self._untold.popleft()
             served = self._active.get(step.request_id)
             if served is None:
                 continue
@@ -360,9 +385,14 @@ class _Run:
         request = dataclasses.replace(prepared.request, arrival_s=time.monotonic())
         if request.request_id in llm._active:
             raise RequestError(f"request {request.request_id} is already being served")
-        llm.engine.add(request)
         served = _Served(RequestState(request, prepared.prompt, llm.tokenizer), self._inbox)
+        # known before the engine has it, so that an interrupt in between leaves no orphan there
         llm._active[request.request_id] = self._mine[request.request_id] = served
+        try:
+            llm.engine.add(request)
+        except RequestError:
+            self._forget(served)
+            raise
 
     def advance(self) -> list[_Served]:
         """Take in what is ready, step until something of this run changed, and return what did.
@@ -375,8 +405,9 @@ class _Run:
                 break
             if not self._mine:
                 return []
-            assert self._llm.engine.has_unfinished, "the engine lost a request"
-            self._llm._step()
+            llm = self._llm
+            assert llm._untold or llm.engine.has_unfinished, "the engine lost a request"
+            llm._step()
         changed = list(self._inbox)
         self._inbox.clear()
         for served in changed:
@@ -393,17 +424,20 @@ class _Run:
     def _refuse(self, prepared: PreparedRequest, why: str) -> None:
         state = RequestState(prepared.request, prepared.prompt, self._llm.tokenizer)
         state.fail(why)
-        served = _Served(state, self._inbox)
-        request_id = prepared.request.request_id
-        self._llm._active[request_id] = self._mine[request_id] = served
-        served.notify()
+        # not among the active: its id may be that of a request that is being served
+        _Served(state, self._inbox).notify()
 
     def finish(self, served: _Served) -> RequestOutput:
         """Forget a request that has ended and return what it gave."""
+        self._forget(served)
         output = served.state.output()
-        del self._llm._active[output.request_id], self._mine[output.request_id]
         self._meter.add(output)
         return output
+
+    def _forget(self, served: _Served) -> None:
+        request_id = served.state.request.request_id
+        if self._mine.get(request_id) is served:
+            del self._llm._active[request_id], self._mine[request_id]
 
     def close(self) -> None:
         """Abort what has not ended, and leave the run's figures."""
@@ -411,8 +445,22 @@ class _Run:
         for request_id in self._mine:
             llm.engine.abort(request_id)
             del llm._active[request_id]
+        if self._mine and llm._untold:  # an id may come again, and must not get these
+            llm._untold = deque(o for o in llm._untold if o.request_id not in self._mine)
         self._mine.clear()
         llm.last_run = self._meter.read(llm.engine.stats())
+
+
+def _sampling_of(defaults: GenerationDefaults) -> SamplingParams:
+    named = {
+        "temperature": defaults.temperature,
+        "top_p": defaults.top_p,
+        "top_k": defaults.top_k,
+        "min_p": defaults.min_p,
+        "repetition_penalty": defaults.repetition_penalty,
+        "max_tokens": defaults.max_new_tokens,
+    }
+    return SamplingParams.from_mapping({k: v for k, v in named.items() if v is not None})
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
@@ -426,6 +474,18 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if prompts and isinstance(prompts[0], int):
         return [cast(Prompt, prompts)]
     return cast("Sequence[Prompt]", prompts)
+
+
+def _priorities(given: int | Sequence[int] | None, count: int) -> Sequence[int]:
+    if given is None:
+        given = 0
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if isinstance(given, str) or len(given) != count:
+        raise RequestError(
+            f"priority is {given!r:.80} for {count} prompts; give one number, or one for each"
+        )
+    return given
 
 
 @contextmanager

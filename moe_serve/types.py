@@ -5,9 +5,9 @@ Tensors of one step are in `ForwardBatch`. Nothing here knows how a step is made
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import msgspec
@@ -21,6 +21,13 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_N = 1024
+# Below these, float32 would round to 0 what is divided by, or what top-p leaves.
+MIN_TEMPERATURE = 1e-30
+MIN_REPETITION_PENALTY = 1e-3
+MIN_TOP_P = 1e-9
+
+_MAY_BE_NONE = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
+_TEXT_LISTS = ("stop", "bad_words")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +37,8 @@ class SamplingParams:
     Sampling is a pure function of the request: the noise for a token is a counter-based hash of
     (seed, position, token id), so the same request gives the same tokens in any batch.
     `temperature=0` is greedy. `top_k=0` and `-1` mean all tokens. `max_tokens=None` means up to the
-    model's context. Raises RequestError, naming the field, the value and the range.
+    model's context. One string for `stop` or `bad_words` is a list of one. NumPy's numbers are read
+    too; all are kept as Python's own. Raises RequestError, naming field, value and range.
     """
 
     n: int = 1
@@ -46,7 +54,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] = ()
+    bad_words: str | Sequence[str] = ()
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
@@ -56,63 +64,69 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))  # one string is a list of one
-        for name in ("bad_words", "stop", "stop_token_ids"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if value is not None else ())
-        if isinstance(self.allowed_token_ids, Sequence):
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-        self._check_numbers()
-        self._check_lists()
-
-    def _check_numbers(self) -> None:
-        _integer("n", self.n, 1, MAX_N)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        checked = {**self._checked_numbers(), **self._checked_lists()}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}"
             )
-        _number("temperature", self.temperature, 0.0, 1e4)
-        _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        _integer("top_k", self.top_k, -1, 2**31 - 1)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 1e4, above=True)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.seed is not None:
-            _integer("seed", self.seed, -(2**63), 2**63 - 1)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise RequestError(f"{name} is {_shown(value)}; it must be true or false")
 
-    def _check_lists(self) -> None:
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise RequestError(f"stop has {len(self.stop)} strings; use at most {MAX_STOP_STRINGS}")
-        for name in ("stop", "bad_words"):
-            for word in getattr(self, name):
-                if not isinstance(word, str) or not word:
-                    raise RequestError(
-                        f"{name} holds {word!r}; each must be a string that is not empty"
-                    )
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, 2**31 - 1)
+    def _checked_numbers(self) -> dict[str, int | float]:
+        """Return the fields that are numbers, as Python's own; those that are None are left out."""
+        integers = {
+            "n": (1, MAX_N),
+            "max_tokens": (1, 2**31 - 1),
+            "min_tokens": (0, 2**31 - 1),
+            "top_k": (-1, 2**31 - 1),
+            "seed": (-(2**63), 2**63 - 1),
+            "logprobs": (0, MAX_LOGPROBS),
+            "prompt_logprobs": (0, MAX_LOGPROBS),
+        }
+        numbers = {
+            "temperature": (0.0, 1e4),
+            "top_p": (MIN_TOP_P, 1.0),
+            "min_p": (0.0, 1.0),
+            "repetition_penalty": (MIN_REPETITION_PENALTY, 1e4),
+            "presence_penalty": (-2.0, 2.0),
+            "frequency_penalty": (-2.0, 2.0),
+        }
+        checked: dict[str, int | float] = {}
+        for name, (least, most) in integers.items():
+            value = getattr(self, name)
+            if value is not None or name not in _MAY_BE_NONE:
+                checked[name] = checked_integer(name, value, least, most)
+        for name, (low, high) in numbers.items():
+            checked[name] = checked_number(name, getattr(self, name), low, high)
+        temperature = checked["temperature"]
+        if 0 < temperature < MIN_TEMPERATURE:
+            raise RequestError(
+                f"temperature is {temperature}; it must be 0 (greedy) or from {MIN_TEMPERATURE:g}"
+            )
+        return checked
+
+    def _checked_lists(self) -> dict[str, Any]:
+        """Return the fields that hold several values, as tuples and dicts of Python's own."""
+        checked: dict[str, Any] = {name: _texts(name, getattr(self, name)) for name in _TEXT_LISTS}
+        if len(checked["stop"]) > MAX_STOP_STRINGS:
+            raise RequestError(
+                f"stop has {len(checked['stop'])} strings; use at most {MAX_STOP_STRINGS}"
+            )
+        checked["stop_token_ids"] = _token_ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
-            if not self.allowed_token_ids:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
                 raise RequestError(
                     "allowed_token_ids is empty: no token could be chosen; leave it out"
                 )
-            for token in self.allowed_token_ids:
-                _integer("allowed_token_ids", token, 0, 2**31 - 1)
-        for token, bias in (self.logit_bias or {}).items():
-            _integer("logit_bias (a token id)", token, 0, 2**31 - 1)
-            _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+            checked["allowed_token_ids"] = allowed
+        if self.logit_bias is not None:
+            checked["logit_bias"] = _biases(self.logit_bias)
+        return checked
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> SamplingParams:
@@ -124,20 +138,71 @@ class SamplingParams:
         return cls(**options)
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} is {value!r}; it must be an integer")
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {value}; it must be from {low} to {high}")
+def checked_integer(name: str, value: object, low: int, high: int) -> int:
+    """Return `value`, from `low` to `high`, as an int: NumPy's integers are read too."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise RequestError(f"{name} is {_shown(value)}; it must be an integer")
+    number = int(value)
+    if not low <= number <= high:
+        raise RequestError(f"{name} is {_shown(value)}; it must be from {low} to {high}")
+    return number
 
 
-def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
-    """Check `low <= value <= high`, or `low < value` with `above`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RequestError(f"{name} is {value!r}; it must be a number")
-    if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-        start = "above" if above else "from"
-        raise RequestError(f"{name} is {value}; it must be {start} {low:g} to {high:g}")
+def checked_number(name: str, value: object, low: float, high: float) -> float:
+    """Return `value`, from `low` to `high`, as a float: NumPy's numbers are read too."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise RequestError(f"{name} is {_shown(value)}; it must be a number")
+    number: Any = value  # the abstract type has no order between it and a float
+    if not low <= number <= high:  # a NaN is neither
+        raise RequestError(f"{name} is {_shown(value)}; it must be from {low:g} to {high:g}")
+    return float(number)
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    """Return a list of strings; one string is a list of one, and None an empty list."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
+        raise RequestError(f"{name} is {_shown(value)}; it must be a string or a list of strings")
+    words = tuple(value)
+    for word in words:
+        if not isinstance(word, str) or not word:
+            raise RequestError(
+                f"{name} holds {_shown(word)}; each must be a string that is not empty"
+            )
+    return words
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        raise RequestError(f"{name} is {_shown(value)}; it must be a list of token ids")
+    return tuple(checked_integer(name, token, 0, 2**31 - 1) for token in value)
+
+
+def _biases(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise RequestError(
+            f"logit_bias is {_shown(value)}; it must map token ids to what is added to their logits"
+        )
+    checked: dict[int, float] = {}
+    for token, bias in value.items():
+        token_id = checked_integer("logit_bias (a token id)", token, 0, 2**31 - 1)
+        checked[token_id] = checked_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+    return checked
+
+
+def _shown(value: object) -> str:
+    """Return a value as an error shows it, short."""
+    try:
+        # NumPy's numbers as plain ones: their repr names the type
+        text = str(value) if isinstance(value, Real) else repr(value)
+    except ValueError:  # Python writes no integer of more than some thousands of digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,11 +29,20 @@ def line(custom_id: object, url: str = "/v1/completions", **body: Any) -> dict[s
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
 
 
-def lines_of_many_lengths(count: int, longest: int = 40) -> list[dict[str, Any]]:
+# 38 tokens of the embedded model's, more than two blocks of the prefix cache
+SHARED_BEGINNING = (
+    "Once upon a time, there was a little girl named Lily. She liked to play in the park with "
+    "her dog. One day, she saw a big red ball under a tree and "
+)
+
+
+def lines_of_many_lengths(
+    count: int, longest: int = 40, beginning: str = ""
+) -> list[dict[str, Any]]:
     """Later lines often end before earlier ones."""
     limits = [1 + (i * 37) % longest for i in range(count)]
     return [
-        line(f"id-{i}", prompt=f"{i} one two three", max_tokens=limit, temperature=0.8)
+        line(f"id-{i}", prompt=f"{beginning}{i} one two", max_tokens=limit, temperature=0.8)
         for i, limit in enumerate(limits)
     ]
 
@@ -84,12 +93,7 @@ def test_form_of_an_answer(tmp_path: Path) -> None:
                 "choices": [
                     {"text": "Hi you", "logprobs": None, "index": 0, "finish_reason": "length"}
                 ],
-                "usage": {
-                    "prompt_tokens": 3,
-                    "completion_tokens": 3,
-                    "total_tokens": 6,
-                    "prompt_tokens_details": {"cached_tokens": 0},
-                },
+                "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
             },
         },
         "error": None,
@@ -174,6 +178,48 @@ def test_resume_at_any_line_gives_the_same_file(tmp_path: Path, torn: str) -> No
         assert read(target) == read(whole)
 
 
+@pytest.mark.parametrize(
+    ("torn", "is_foreign"),
+    [('{"id": "batch_req_2", "cus', True), ("my notes", False), ('{"id": "x"}\n', False)],
+)
+def test_nothing_is_cut_off_an_output_that_is_not_ours(
+    tmp_path: Path, torn: str, is_foreign: bool
+) -> None:
+    """A last line is cut only if it is torn, and only after the lines before it proved ours."""
+    source = write(tmp_path / "in.jsonl", [line("a"), line("b"), line("c")])
+    target = tmp_path / "out.jsonl"
+    run_batch(make(), source, target)
+    target.write_text("".join(target.read_text().splitlines(keepends=True)[:2]) + torn)
+    before = target.read_bytes()
+    other = write(tmp_path / "other.jsonl", [line("a"), line("x"), line("c")])
+    with pytest.raises(ConfigError, match="another input" if is_foreign else "line 3 is no answer"):
+        run_batch(make(), other if is_foreign else source, target)
+    assert target.read_bytes() == before
+
+
+def test_an_answer_of_another_place_is_no_answer(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [line("a"), line("a2")])
+    target = tmp_path / "out.jsonl"
+    run_batch(make(), source, target)
+    target.write_text(target.read_text().replace("batch_req_1", "batch_req_9"))
+    with pytest.raises(ConfigError, match="line 2 is no answer of a batch"):
+        run_batch(make(), source, target)
+
+
+def test_priority_and_salt_reach_the_engine(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    lines = [
+        line("a", prompt="Hi", priority=3, cache_salt="s"),
+        line("b"),
+        line("c", prompt="Hi", priority="high"),
+    ]
+    source = write(tmp_path / "in.jsonl", lines)
+    run_batch(make(engine), source, tmp_path / "out.jsonl")
+    assert [(r.priority, r.cache_salt) for r in engine.added] == [(3, "s"), (0, "")]
+    error = read(tmp_path / "out.jsonl")[2]["response"]["body"]["error"]["message"]
+    assert error == "priority is 'high'; it must be an integer"
+
+
 def test_a_duplicate_is_seen_across_a_resume(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [line("a"), line("b"), line("a")])
     whole = tmp_path / "whole.jsonl"
@@ -212,7 +258,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [line("a")])
     with pytest.raises(ConfigError, match="is the input"):
         run_batch(make(), source, source)
-    with pytest.raises(ConfigError, match=r"none\.jsonl: cannot be opened"):
+    with pytest.raises(ConfigError, match=r"none\.jsonl: no such file"):
         run_batch(make(), tmp_path / "none.jsonl", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(ConfigError, match="cannot be opened"):
@@ -233,8 +279,12 @@ def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
 def test_killed_ten_times_and_resumed(
     tmp_path: Path, engine: str, count: int, longest: int
 ) -> None:
-    """No line is lost or repeated, and the texts are those of a run that nobody killed."""
-    source = write(tmp_path / "in.jsonl", lines_of_many_lengths(count, longest))
+    """No line is lost or repeated, and all answers are those of a run that nobody killed.
+
+    The prompts begin alike, so that after each kill other lines find the prefix cache empty.
+    """
+    lines = lines_of_many_lengths(count, longest, SHARED_BEGINNING)
+    source = write(tmp_path / "in.jsonl", lines)
     killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
     command = [sys.executable, "-m", "tests.batch_killer", source, killed, whole, "10", engine]
     done = subprocess.run(

@@ -18,6 +18,8 @@ def test_every_round_has_new_prompts_of_the_same_shape() -> None:
     assert {len(request.prompt_ids) for request in engine.added} == {6}
     assert len({request.prompt_ids for request in engine.added}) == 10
     assert all(request.sampling.ignore_eos for request in engine.added)
+    # that, and no end string, gives the length; min_tokens would edit every row of logits
+    assert all(request.sampling.min_tokens == 0 for request in engine.added)
     assert [row.n for row in rows] == [4, 4, 4]
     latency, _, output = rows
     assert latency.min <= latency.median == latency.value <= latency.max

@@ -18,6 +18,12 @@ from moe_serve import cli
 from moe_serve.config import EngineConfig
 from tests.bad_requests import BAD_COMMANDS
 from tests.fake_engine import FakeEngine
+from tests.models.bad_checkpoints import (
+    BAD_CHECKPOINTS,
+    BadCheckpoint,
+    edit_config,
+    write_checkpoint,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE_FLAGS = {
@@ -49,7 +55,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     """Let every command run on an engine without a model; the list is of those that were built."""
     built: list[FakeEngine] = []
 
-    def build(config: EngineConfig, folder: Path) -> FakeEngine:
+    def build(config: EngineConfig, folder: Path, on_progress: Any) -> FakeEngine:
         built.append(FakeEngine(config, error_id=5))
         return built[-1]
 
@@ -222,8 +228,8 @@ def test_prompts_from_a_file(
 ) -> None:
     path = tmp_path / "p.jsonl"
     lines = [
-        {"prompt": "Hi"},
-        {"messages": [{"role": "user", "content": "you"}]},
+        {"prompt": "Hi", "priority": 2, "cache_salt": "s"},
+        {"messages": [{"role": "user", "content": "you"}], "cache_salt": "t"},
         {"prompt_token_ids": [41]},
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
@@ -234,6 +240,8 @@ def test_prompts_from_a_file(
     assert cli.run([*arguments, "--chat-template", str(tmp_path / "t.jinja")]) == 0
     texts = [entry["text"] for entry in json.loads(capsys.readouterr().out)["outputs"]]
     assert texts == ["H", "<", "H"]
+    asked = [[(r.priority, r.cache_salt) for r in engine.added] for engine in engines]
+    assert asked == [[(2, "s"), (0, "t")], [(2, "s"), (0, "t"), (0, "")]]
 
 
 def test_the_prompt_may_come_on_stdin(
@@ -263,7 +271,7 @@ import sys
 import moe_serve.llm
 from moe_serve import cli
 from tests.fake_engine import FakeEngine
-moe_serve.llm.build_engine = lambda config, folder: FakeEngine(
+moe_serve.llm.build_engine = lambda config, folder, on_progress: FakeEngine(
     config, max_model_len=10**6, step_s=0.001
 )
 sys.exit(cli.run(["generate", "Hi you", "--max-tokens", "100000"]))
@@ -320,6 +328,80 @@ def test_chat_without_a_template_continues_the_text(
     assert captured.out == "Hi\nHi\n"
     assert engines[0].added[1].prompt_ids[:2] == (41, 74)
     assert len(engines[0].added[1].prompt_ids) > 4
+
+
+def test_chat_goes_on_after_an_answer_that_failed(
+    engines: list[FakeEngine],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    failing = "$"  # the fake engine fails on a prompt that begins with this token
+    typed = f"{failing}\n{'word ' * 300}\nHi\nyou\n/exit\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    template = ["--chat-template", str(tmp_path / "t.jinja")]
+    assert cli.run(["chat", "--max-tokens", "2", *template]) == 1
+    captured = capsys.readouterr()
+    assert "error: a NaN in its logits" in captured.err
+    assert "error: the prompt has" in captured.err
+    assert captured.out.splitlines() == ["", "Hi", "Hi"]
+    assert engines[0].added[1].prompt_ids == (41, 74)  # nothing of the failed turns is kept
+
+
+@pytest.mark.parametrize("bad", BAD_CHECKPOINTS, ids=lambda bad: bad.name)
+def test_a_bad_checkpoint_is_exit_code_3(
+    bad: BadCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    write_checkpoint(folder, is_sharded=bad.is_sharded)
+    bad.break_it(folder)
+    flags = ["--model", str(folder), "--dtype", "float32", "--num-kv-blocks", "4"]
+    assert cli.run(["generate", "x", *flags]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"moe-serve: error: {folder}")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    for word in bad.words:
+        assert word in captured.err
+
+
+def test_the_checkpoint_that_is_broken_above_is_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"prompt_token_ids": [5, 6]}\n')
+    prompts = ["--prompts", str(tmp_path / "p.jsonl"), "--max-tokens", "2", "--json"]
+    assert cli.run(["generate", "--model", str(tmp_path), "--num-kv-blocks", "4", *prompts]) == 0
+    assert len(json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]) == 2
+
+
+def test_an_unknown_model_type_is_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path)
+    edit_config(model_type="qwen3_mo")(tmp_path)
+    assert cli.run(["generate", "x", "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    for word in ("config.json", "'qwen3_mo'", "did you mean 'qwen3_moe'", "mixtral"):
+        assert word in error
+    assert error.count("\n") == 1
+
+
+def test_several_problems_are_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path)
+    edit_config(hidden_size=32)(tmp_path)
+    assert cli.run(["generate", "x", "--model", str(tmp_path)]) == 3
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith("moe-serve: error: ")
+    assert first.endswith("problems:")
+    assert len(others) == 11
+    assert all(line.startswith("  ") and "\\n" not in line for line in others)
+    assert cli.run(["generate", "x", "--model", "no\x1b[31m\nfolder"]) == 3
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_batch_reports_what_it_did(

@@ -100,6 +100,17 @@ def test_an_incomplete_cache_is_completed_with_data_only(
     assert list(taken) == offered[:6]
 
 
+@pytest.mark.parametrize("name", ["a--b", "foo..bar", "org/a--b", "n" * 97, "ends-"])
+def test_a_name_that_no_hub_model_can_have_is_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no folder here") as caught:
+        resolve_model(name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_without_network_or_cache_the_error_is_one_line(
     downloads: Callable[[Download], list[dict[str, Any]]],
 ) -> None:

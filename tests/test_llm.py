@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 
-import moe_serve
+import moe_serve.llm
 from moe_serve.config import EngineConfig
+from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.errors import CheckpointError, ConfigError, RequestError
 from moe_serve.llm import LLM
 from moe_serve.models.hf_config import GenerationDefaults
 from moe_serve.text.chat_template import ChatTemplate
+from moe_serve.text.request_output import RequestState
 from moe_serve.text.tokenizer import load_tokenizer
 from moe_serve.types import Request, SamplingParams
 from tests.bad_requests import BAD_PROMPTS
 from tests.fake_engine import FakeEngine
+from tests.models.bad_checkpoints import write_checkpoint
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "moe_serve" / "assets" / "demo-moe"
 
@@ -101,6 +104,21 @@ def test_what_the_engine_refuses_is_named_and_nothing_stays() -> None:
 def test_wrong_arguments(engine: FakeEngine, prompts: Any, params: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         make(engine).generate(prompts, params)
+
+
+@pytest.mark.parametrize(
+    ("priority", "says"),
+    [
+        ([1], r"priority is \[1\] for 2 prompts"),
+        ("ab", "priority is 'ab' for 2 prompts"),
+        (1.5, "prompt 0: priority is 1.5; it must be an integer"),
+        ([1, None], "prompt 1: priority is None"),
+    ],
+)
+def test_wrong_priorities(engine: FakeEngine, priority: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        make(engine).generate(["a", "b"], priority=priority)
+    assert engine.added == []
 
 
 def test_stop_strings_end_one_output_only(engine: FakeEngine) -> None:
@@ -216,6 +234,76 @@ def test_an_interrupt_aborts_everything(
     assert len(llm.generate(["a", "b"], SamplingParams(max_tokens=2))) == 2
 
 
+def test_an_interrupt_leaves_the_other_streams(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make(engine)
+    params = SamplingParams(max_tokens=6)
+    whole = llm.generate("one two three", params)[0].outputs[0]
+    stream = llm.stream("one two three", params)
+    next(stream)
+    monkeypatch.setattr(engine, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], params)
+    monkeypatch.undo()
+    assert sorted(engine.aborted) == ["request-2", "request-3"]
+    assert [output.outputs[0] for output in stream][-1] == whole
+    assert not engine.has_unfinished
+
+
+def interrupt(*_: object) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("num_tokens", [2, 9])
+def test_an_interrupt_while_a_step_is_told_loses_nothing(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    """What the step gave to another stream is told to it later; it may have been its last."""
+    llm = make(engine)
+    first = llm.stream([41], SamplingParams(n=2, max_tokens=50))
+    other = llm.stream([74, 41], SamplingParams(max_tokens=num_tokens))
+    next(first)
+    next(other)
+    next(first)  # what the other's step gave it: the next one steps again
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestState, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(first)
+    # a request with the id of the interrupted one gets nothing of what was left for that
+    again = llm.prepare([5, 6], SamplingParams(max_tokens=3), index=0)
+    assert next(llm.serve([again])).outputs[0].token_ids == (5, 6, 5)
+    tokens = [output.outputs[0].token_ids for output in other][-1]
+    assert tokens == tuple([74, 41] * 5)[:num_tokens]
+
+
+def test_a_refused_duplicate_leaves_the_live_request(engine: FakeEngine) -> None:
+    llm = make(engine)
+    params = SamplingParams(max_tokens=5)
+    stream = llm.stream([41, 74], params)
+    next(stream)
+    twins = [llm.prepare([5], params, index=0), llm.prepare([41], params, index=1)] * 2
+    outputs = [(o.request_id, o.outputs[0].finish_reason) for o in llm.serve(twins)]
+    assert sorted(outputs) == [
+        ("request-0", "error"), ("request-0", "error"), ("request-1", "error"),
+        ("request-1", "length"),
+    ]  # fmt: skip
+    assert len([output.outputs[0] for output in stream][-1].token_ids) == 5
+
+
+def test_priority_and_salt_reach_the_engine(engine: FakeEngine) -> None:
+    llm = make(engine, "{{ messages[0].content }}")
+    params = SamplingParams(max_tokens=1)
+    prompts: list[Any] = ["a", {"prompt": "b", "cache_salt": "s"}]
+    llm.generate(prompts, params, priority=[2, -1])
+    llm.generate(["a", "b"], params, priority=5)
+    llm.chat([{"role": "user", "content": "Hi"}], params, priority=3, cache_salt="t")
+    list(llm.stream("a", params, priority=4))
+    assert [(r.priority, r.cache_salt) for r in engine.added] == [
+        (2, ""), (-1, "s"), (5, ""), (5, ""), (3, "t"), (4, ""),
+    ]  # fmt: skip
+
+
 def test_serve_takes_requests_as_they_come() -> None:
     engine = FakeEngine(capacity=4)
     llm = make(engine)
@@ -270,6 +358,39 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
         make(FakeEngine(vocab_size=512))
 
 
+def test_what_does_not_go_with_the_model_is_seen_before_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*args: Any, **options: Any) -> None:
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(moe_serve.llm, "build_engine", read)
+    write_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"ids up to 6143.*vocab_size is 32"):
+        LLM(tmp_path, tokenizer=str(EMBEDDED))
+    (tmp_path / "generation_config.json").write_text('{"top_p": 1e-12}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p is 1e-12"):
+        LLM(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: .*cannot be compiled"):
+        LLM(tmp_path)
+    (tmp_path / "mine.jinja").write_text("{% if %}")
+    with pytest.raises(ConfigError, match=r"mine\.jinja: .*cannot be compiled"):
+        LLM(tmp_path, chat_template=tmp_path / "mine.jinja")
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_reading_weights_shows_progress_when_asked(
+    tmp_path: Path, is_shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path)
+    LLM(tmp_path, num_kv_blocks=4, use_tqdm=is_shown)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert ("weights" in captured.err) == is_shown
+    assert ("bytes" in captured.err or "kB" in captured.err) == is_shown
+
+
 def test_config_and_options_are_not_mixed() -> None:
     with pytest.raises(ConfigError, match=r"config and block_size, model are both given"):
         LLM("x", config=EngineConfig(), block_size=8)
@@ -279,20 +400,69 @@ def test_config_and_options_are_not_mixed() -> None:
         LLM(block_size="8")
 
 
-def test_the_package_exports_what_it_lists() -> None:
-    assert moe_serve.__all__ == ["LLM", "EngineConfig", "SamplingParams"]
-    for name in moe_serve.__all__:
-        assert getattr(moe_serve, name).__name__ == name
-        assert name in dir(moe_serve)
-    with pytest.raises(AttributeError, match="no attribute 'Lama'"):
-        _ = moe_serve.Lama
+@pytest.fixture(scope="module")
+def embedded() -> LLM:
+    return LLM(num_kv_blocks=64, threads=1, max_model_len=256)
 
 
-def test_the_embedded_model_writes() -> None:
-    """The real engine, once: text, greedy, the same streamed."""
-    llm = LLM(num_kv_blocks=64, threads=1)
+def test_the_embedded_model_writes(embedded: LLM) -> None:
+    """The real engine: text, greedy, the same streamed."""
+    llm = embedded
     params = SamplingParams(temperature=0.0, max_tokens=12)
     (output,) = llm.generate("Once upon a time", params)
     assert output.outputs[0].text.isascii()
     assert len(output.outputs[0].token_ids) == 12
     assert "".join(llm.stream_text("Once upon a time", params)) == output.outputs[0].text
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "options"),
+    [
+        ([], {}),
+        ([5] * 256, {}),
+        ([5, 6144], {}),
+        ([5], {"stop_token_ids": [9999]}),
+        ([5], {"logit_bias": {6144: 1.0}}),
+    ],
+    ids=["empty", "too long", "id", "stop id", "bias id"],
+)
+def test_the_engine_refuses_in_the_same_words(
+    embedded: LLM, prompt_ids: list[int], options: dict[str, Any]
+) -> None:
+    sampling = SamplingParams(**options)
+    with pytest.raises(RequestError) as here:
+        embedded.stream(prompt_ids, sampling)
+    request = Request(request_id="r", prompt_ids=tuple(prompt_ids), sampling=sampling)
+    with pytest.raises(RequestError) as there:
+        embedded.engine.add(request)
+    assert str(there.value).removeprefix("request 'r': ") == str(here.value)
+    assert type(there.value) is type(here.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1e-30}, {"top_p": 1e-9}, {"repetition_penalty": 1e-3}, {"min_p": 1.0}],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_least_values_leave_a_token_to_choose(embedded: LLM, options: dict[str, Any]) -> None:
+    everything = {"temperature": 1.0, **options}
+    (output,) = embedded.generate("Once upon", SamplingParams(max_tokens=8, **everything))
+    assert output.outputs[0].finish_reason == "length"
+    if "repetition_penalty" not in options:
+        (best,) = embedded.generate("Once upon", SamplingParams(max_tokens=8, temperature=0.0))
+        assert output.outputs[0].token_ids == best.outputs[0].token_ids
+
+
+def test_an_interrupted_step_of_the_model_is_run_again(
+    embedded: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=6)
+    whole = embedded.generate("Once upon a time", params)[0].outputs[0]
+    stream = embedded.stream("Once upon a time", params)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embedded.generate(["There was a dog", "One day"], params)
+    assert [output.outputs[0] for output in stream][-1] == whole
+    assert not embedded.engine.has_unfinished

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,7 +42,10 @@ _BUDGET = " budget"  # the space keeps it out of a template's reach
 
 
 class ChatTemplate:
-    """A compiled template. special_tokens ("bos_token", ...) are variables it may use."""
+    """A compiled template. special_tokens ("bos_token", ...) are variables it may use.
+
+    Raises CheckpointError where the source cannot be compiled.
+    """
 
     def __init__(
         self,
@@ -57,13 +59,13 @@ class ChatTemplate:
             raise CheckpointError(
                 f"chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are read"
             )
-        self._source = source
         self._special_tokens = dict(special_tokens or {})
         self._max_output_chars = max_output_chars
         self._max_render_s = max_render_s
+        self._template = self._compiled(source)
 
-    @cached_property
-    def _template(self) -> jinja2.Template:
+    @staticmethod
+    def _compiled(source: str) -> jinja2.Template:
         environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
         )
@@ -71,7 +73,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            return environment.from_string(self._source)
+            return environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"chat template cannot be compiled: {error}") from error
 
@@ -125,19 +127,32 @@ def load_chat_template(
     """
     path = folder / TEMPLATE_FILE
     if os.path.lexists(path):
-        return ChatTemplate(_read(path, CheckpointError), special_tokens)
+        return _compiled(_read(path, CheckpointError), special_tokens, path, CheckpointError)
     for name in (TEMPLATE_JSON_FILE, SETTINGS_FILE):
         if os.path.lexists(folder / name):
             found = strict_json.read_object(folder / name).get("chat_template")
             source = _default_of(found, folder / name)
             if source is not None:
-                return ChatTemplate(source, special_tokens)
+                return _compiled(source, special_tokens, folder / name, CheckpointError)
     return None
 
 
 def read_chat_template(path: Path, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate:
-    """Read a template that the user names; an unreadable file is a ConfigError."""
-    return ChatTemplate(_read(path, ConfigError), special_tokens)
+    """Read a template that the user names; one that cannot be used is a ConfigError."""
+    return _compiled(_read(path, ConfigError), special_tokens, path, ConfigError)
+
+
+def _compiled(
+    source: str,
+    special_tokens: Mapping[str, str] | None,
+    path: Path,
+    error_type: Callable[[str], Exception],
+) -> ChatTemplate:
+    """Name the file in what is wrong with its template."""
+    try:
+        return ChatTemplate(source, special_tokens)
+    except CheckpointError as error:
+        raise error_type(f"{path}: {error}") from error
 
 
 def _read(path: Path, error_type: Callable[[str], Exception]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from moe_serve.errors import RequestError, nearest
 from moe_serve.text.prompts import Prompt, RequestMaker
@@ -25,11 +25,10 @@ KIND_OF_URL: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/compl
 
 # "prompt_logprobs" has no place in the answer's form
 SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams)) - {"prompt_logprobs"}
+COMMON_FIELDS = frozenset({"model", "user", "stream", "priority", "cache_salt"})
 OWN_FIELDS: dict[Kind, frozenset[str]] = {
-    "completion": frozenset({"model", "prompt", "user", "echo", "stream", "suffix", "best_of"}),
-    "chat": frozenset(
-        {"model", "messages", "user", "stream", "max_completion_tokens", "top_logprobs"}
-    ),
+    "completion": COMMON_FIELDS | {"prompt", "echo", "suffix", "best_of"},
+    "chat": COMMON_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"},
 }
 # fields that are known, and the one value of each that asks for nothing
 WITHOUT_EFFECT: dict[str, object] = {"echo": False, "stream": False, "suffix": "", "best_of": 1}
@@ -42,6 +41,7 @@ class BodyRequest:
     kind: Kind
     prompt: Prompt
     sampling: SamplingParams
+    priority: int
 
 
 def read_body(
@@ -49,8 +49,9 @@ def read_body(
 ) -> BodyRequest:
     """Read the body of a request to `url`; any fault is a RequestError that names the field.
 
-    A field that is null was not given. defaults: the model's own sampling. Without max_tokens a
-    completion has at most 16 tokens, and a chat completion what the context holds.
+    A field that is null was not given. Beside OpenAI's fields there are those of SamplingParams,
+    priority (lower runs earlier) and cache_salt. defaults: the model's own sampling. Without
+    max_tokens a completion has at most 16 tokens, and a chat completion what the context holds.
     """
     if url not in KIND_OF_URL:
         raise RequestError(
@@ -61,7 +62,7 @@ def read_body(
     given = {name: value for name, value in body.items() if value is not None}
     _check_known(kind, given)
     sampling = _read_sampling(kind, given, defaults)
-    return BodyRequest(kind, _read_prompt(kind, given, maker), sampling)
+    return BodyRequest(kind, _read_prompt(kind, given, maker), sampling, given.get("priority", 0))
 
 
 def _check_known(kind: Kind, given: Mapping[str, Any]) -> None:
@@ -84,14 +85,6 @@ def _read_sampling(
     options: dict[str, Any] = {f.name: getattr(defaults, f.name) for f in fields(defaults)}
     options["max_tokens"] = 16 if kind == "completion" else None
     options.update({name: value for name, value in given.items() if name in SAMPLING_FIELDS})
-    for name in ("stop_token_ids", "bad_words", "allowed_token_ids"):
-        if name in given and not isinstance(given[name], list):
-            raise RequestError(f"{name} is {given[name]!r:.80}; it must be a list")
-    for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-        if not isinstance(options[name], bool):
-            raise RequestError(f"{name} is {options[name]!r:.80}; it must be true or false")
-    if not isinstance(options["stop"], str | list | tuple):
-        raise RequestError(f"stop is {options['stop']!r:.80}; it must be text or a list of texts")
     if "logit_bias" in given:
         options["logit_bias"] = _read_logit_bias(given["logit_bias"])
     if kind == "chat":
@@ -128,14 +121,16 @@ def _read_prompt(kind: Kind, given: Mapping[str, Any], maker: RequestMaker) -> P
         raise RequestError(f"{name} is missing")
     value = given[name]
     if kind == "chat":
-        return maker.chat_prompt(value)
+        return maker.chat_prompt(value, cache_salt=given.get("cache_salt"))
     if isinstance(value, list) and value and not isinstance(value[0], int):
         if len(value) != 1:
             raise RequestError(f"prompt is a list of {len(value)} prompts; give one in a request")
         value = value[0]
     if not isinstance(value, str | list):
         raise RequestError(f"prompt is {value!r:.80}; it must be text or a list of token ids")
-    return value
+    salt = {"cache_salt": given["cache_salt"]} if "cache_salt" in given else {}
+    key = "prompt" if isinstance(value, str) else "prompt_token_ids"
+    return cast(Prompt, {key: value, **salt})
 
 
 def response_object(
@@ -147,7 +142,10 @@ def response_object(
     created: int,
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
-    """Return the object of a request that has finished; created is in seconds since 1970."""
+    """Return the object of a request that has finished; created is in seconds since 1970.
+
+    All else is a function of the request: how many prompt tokens were cached is not told here.
+    """
     num_prompt = len(output.prompt_token_ids)
     num_output = sum(len(o.token_ids) for o in output.outputs)
     return {
@@ -160,7 +158,6 @@ def response_object(
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": output.metrics.num_cached_tokens},
         },
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -22,21 +22,48 @@ class _Silent:
 
 @contextmanager
 def progress_bar(
-    num_requests: int | None, *, num_done: int = 0, is_shown: bool | None = None
+    num_requests: int, *, num_done: int = 0, is_shown: bool | None = None
 ) -> Iterator[ProgressBar]:
-    """Give a bar for `num_requests` (None: how many is not known), of which some are done.
+    """Give a bar for `num_requests`, of which some are done.
 
     is_shown: None means when stderr is a terminal.
     """
-    if not (sys.stderr.isatty() if is_shown is None else is_shown):
+    if not _is_wanted(is_shown):
         yield _Silent()
         return
     with _RichBar(num_requests, num_done) as bar:
         yield bar
 
 
+@contextmanager
+def loading_bar(is_shown: bool | None = None) -> Iterator[Callable[[int, int], None] | None]:
+    """Give what is to be called with (bytes read, bytes in all), or None where nobody looks.
+
+    On a terminal the bar is gone when all is read. is_shown: None means when stderr is a terminal.
+    """
+    if not _is_wanted(is_shown):
+        yield None
+        return
+    from rich.console import Console  # a tenth of a second, and only a terminal needs it
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=console.is_terminal) as progress:
+        task = progress.add_task("", total=None, visible=False)
+
+        def show(num_done: int, num_bytes: int) -> None:
+            progress.update(task, completed=num_done, total=num_bytes, visible=True)
+
+        yield show
+
+
+def _is_wanted(is_shown: bool | None) -> bool:
+    return sys.stderr.isatty() if is_shown is None else is_shown
+
+
 class _RichBar:
-    def __init__(self, num_requests: int | None, num_done: int) -> None:
+    def __init__(self, num_requests: int, num_done: int) -> None:
         from rich.console import Console  # a tenth of a second, and only a terminal needs it
         from rich.progress import (
             BarColumn,

@@ -1,11 +1,14 @@
-"""Prompts in a file: one JSON object a line, with "prompt", "prompt_token_ids" or "messages"."""
+"""Prompts in a file: one JSON object a line, with "prompt", "prompt_token_ids" or "messages".
+
+A line may also have a "priority" and a "cache_salt".
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moe_serve.errors import ConfigError, RequestError
 from moe_serve.text.prompts import Message, Prompt, RequestMaker, read_messages
@@ -54,16 +57,16 @@ def prompt_of(entry: Mapping[str, Any], maker: RequestMaker) -> Prompt:
     Of a conversation, what comes before the first answer that is still to be given: later user
     messages would speak of it. Without a chat template its first user message is the prompt.
     """
-    if "prompt" in entry:
-        return {"prompt": entry["prompt"]}
-    if "prompt_token_ids" in entry:
-        return {"prompt_token_ids": entry["prompt_token_ids"]}
+    salt = {"cache_salt": entry["cache_salt"]} if "cache_salt" in entry else {}
+    for form in ("prompt", "prompt_token_ids"):
+        if form in entry:
+            return cast(Prompt, {form: entry[form], **salt})
     messages = read_messages(entry["messages"])
     if maker.chat_template is not None:
-        return maker.chat_prompt(_first_open_turn(messages))
+        return maker.chat_prompt(_first_open_turn(messages), cache_salt=salt.get("cache_salt"))
     for message in messages:
         if message["role"] == "user" and isinstance(message["content"], str):
-            return {"prompt": message["content"]}
+            return cast(Prompt, {"prompt": message["content"], **salt})
     raise RequestError("messages has no message of the user, and there is no chat template")
 
 

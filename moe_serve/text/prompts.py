@@ -8,24 +8,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-from moe_serve.errors import CapacityError, RequestError
+from moe_serve.errors import RequestError
 from moe_serve.text.chat_template import ChatTemplate
 from moe_serve.text.tokenizer import Tokenizer
-from moe_serve.types import Request, SamplingParams
+from moe_serve.types import Request, SamplingParams, checked_integer
 
 
 class TextPrompt(TypedDict):
-    """A prompt as text."""
+    """A prompt as text. Only prompts of the same cache_salt share a prefix cache."""
 
     prompt: str
+    cache_salt: NotRequired[str]
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids."""
+    """A prompt as token ids. Only prompts of the same cache_salt share a prefix cache."""
 
     prompt_token_ids: Sequence[int]
+    cache_salt: NotRequired[str]
 
 
 Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
@@ -57,9 +59,12 @@ class RequestMaker:
     _bad_words: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict, repr=False)
 
     def make(
-        self, prompt: Prompt, sampling: SamplingParams, *, index: int, arrival_s: float = 0.0
+        self, prompt: Prompt, sampling: SamplingParams, *, index: int, priority: int = 0
     ) -> PreparedRequest:
-        """Check and tokenise one prompt; `index` is what its id and its seed are made of."""
+        """Check and tokenise one prompt; `index` is what its id and its seed are made of.
+
+        Its arrival is for whoever hands it to the engine to say.
+        """
         text, token_ids = self._tokens(prompt)
         self._check_prompt(token_ids)
         self._check_sampling(sampling)
@@ -70,11 +75,14 @@ class RequestMaker:
             seed=derived_seed(self.base_seed, index) if sampling.seed is None else sampling.seed,
             eos_token_ids=self.eos_token_ids,
             bad_words_ids=self._bad_words_ids(sampling.bad_words),
-            arrival_s=arrival_s,
+            priority=checked_integer("priority", priority, -(2**63), 2**63 - 1),
+            cache_salt=prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else "",
         )
         return PreparedRequest(request=request, prompt=text)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> TokensPrompt:
+    def chat_prompt(
+        self, messages: Sequence[Message], *, cache_salt: str | None = None
+    ) -> TokensPrompt:
         """Return the prompt that the model's chat template makes of a conversation."""
         conversation = read_messages(messages)
         if self.chat_template is None:
@@ -83,17 +91,21 @@ class RequestMaker:
                 "chat_template.jinja): pass one as chat_template, or send plain text to generate"
             )
         text = self.chat_template.render(conversation)
-        return {"prompt_token_ids": self._encode(text, add_special_tokens=False)}
+        prompt: TokensPrompt = {"prompt_token_ids": self._encode(text, add_special_tokens=False)}
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
+        return prompt
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, Mapping):
-            given = {"prompt", "prompt_token_ids"} & set(prompt)
-            if len(given) != 1 or len(prompt) != 1:
+            named = set(prompt) - {"cache_salt"}
+            if len(named) != 1 or not named <= {"prompt", "prompt_token_ids"}:
                 raise RequestError(
-                    f"a prompt with the keys {sorted(map(str, prompt))}; it must have exactly one, "
-                    "'prompt' or 'prompt_token_ids'"
+                    f"a prompt with the keys {sorted(map(str, prompt))}; it must have exactly one "
+                    "of 'prompt' or 'prompt_token_ids', and may have 'cache_salt'"
                 )
-            (key,) = given
+            (key,) = named
+            _check_salt(prompt)
             value: object = prompt[key]  # type: ignore[literal-required]
             if isinstance(value, str) != (key == "prompt"):
                 wanted = "text" if key == "prompt" else "a list of token ids"
@@ -112,7 +124,7 @@ class RequestMaker:
         if self.tokenizer is None:
             raise RequestError(_no_tokenizer("a prompt as text"))
         if not text:
-            raise RequestError("prompt is empty (0 characters); give at least one")
+            raise RequestError("the prompt is empty; give some text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -123,19 +135,21 @@ class RequestMaker:
         # no prompt of the context's length needs more characters than this: refused before work
         limit = 256 * self.max_model_len
         if len(text) > limit:
-            raise CapacityError(
-                f"prompt has {len(text)} characters; with a context of {self.max_model_len} tokens "
-                f"at most {limit} are read: shorten it"
+            raise RequestError(
+                f"the prompt has {len(text)} characters; with a context of {self.max_model_len} "
+                f"tokens at most {limit} are read: shorten it"
             )
         return self.tokenizer.encode(text, add_special_tokens)
 
     def _check_prompt(self, token_ids: Sequence[int]) -> None:
+        """Refuse, in the words of the engine, what it would refuse: here before any prompt runs."""
         if len(token_ids) == 0:
-            raise RequestError("prompt is empty (0 tokens); give at least one")
+            raise RequestError("the prompt is empty; give a token")
         if len(token_ids) >= self.max_model_len:
-            raise CapacityError(
-                f"prompt has {len(token_ids)} tokens; the context holds {self.max_model_len} with "
-                f"at least one of output: shorten it to {self.max_model_len - 1}"
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, and prompt and output together may have "
+                f"{self.max_model_len} (max_model_len); shorten the prompt to at most "
+                f"{self.max_model_len - 1}"
             )
         for token_id in token_ids:
             self._check_id("prompt", token_id)
@@ -158,8 +172,7 @@ class RequestMaker:
             raise RequestError(f"{name} holds {token_id!r}; token ids are integers")
         if not 0 <= token_id < self.vocab_size:
             raise RequestError(
-                f"{name} holds the token id {token_id}; the vocabulary has {self.vocab_size}, so "
-                f"ids are from 0 to {self.vocab_size - 1}"
+                f"{name} holds token id {token_id}; the model has ids 0 to {self.vocab_size - 1}"
             )
 
     def _bad_words_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
@@ -177,6 +190,12 @@ class RequestMaker:
             self.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")
         )
         return tuple(dict.fromkeys(tuple(ids) for ids in spellings if ids))
+
+
+def _check_salt(prompt: Mapping[str, Any]) -> None:
+    salt = prompt.get("cache_salt", "-")
+    if not isinstance(salt, str) or not salt:
+        raise RequestError(f"cache_salt is {salt!r:.80}; it must be text that is not empty")
 
 
 def read_messages(messages: object) -> list[dict[str, Any]]:

@@ -117,10 +117,6 @@ class RequestState:
     def is_finished(self) -> bool:
         return self._num_unfinished == 0
 
-    @property
-    def num_output_tokens(self) -> int:
-        return sum(len(output.token_ids) for output in self.outputs)
-
     def update(self, step: StepOutput, now_s: float) -> bool:
         """Take in one step of one output; return True if the engine must be told to stop it.
 

@@ -129,7 +129,7 @@ def test_a_template_cannot_reach_its_budget() -> None:
 
 def test_a_broken_template_is_a_broken_checkpoint() -> None:
     with pytest.raises(CheckpointError, match="cannot be compiled"):
-        ChatTemplate("{% for %}").render(MESSAGES)
+        ChatTemplate("{% for %}")
     with pytest.raises(CheckpointError, match="at most"):
         ChatTemplate("x" * 2_000_000)
 

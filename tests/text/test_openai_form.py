@@ -29,7 +29,7 @@ HI = [{"role": "user", "content": "Hi"}]
 
 def test_a_completion_takes_the_models_defaults() -> None:
     found = read_body(COMPLETIONS, {"prompt": "Hi", "top_p": 0.5, "user": None}, MAKER, DEFAULTS)
-    assert found.prompt == "Hi"
+    assert found.prompt == {"prompt": "Hi"}
     assert found.sampling == SamplingParams(temperature=0.7, top_p=0.5, max_tokens=16)
 
 
@@ -40,11 +40,21 @@ def test_every_sampling_field_of_a_completion() -> None:
         "echo": False, "stream": False, "best_of": 1, "suffix": "",
     }  # fmt: skip
     found = read_body(COMPLETIONS, body, MAKER, SamplingParams())
-    assert found.prompt == [1, 2]
+    assert found.prompt == {"prompt_token_ids": [1, 2]}
     assert found.sampling == SamplingParams(
         n=2, max_tokens=5, min_tokens=1, seed=3, stop=["a"], logprobs=2,
         logit_bias={5: -100}, top_k=4, ignore_eos=True,
     )  # fmt: skip
+
+
+def test_priority_and_salt() -> None:
+    own = {"priority": -3, "cache_salt": "s"}
+    found = read_body(COMPLETIONS, {"prompt": "Hi", **own}, MAKER, DEFAULTS)
+    assert (found.prompt, found.priority) == ({"prompt": "Hi", "cache_salt": "s"}, -3)
+    found = read_body(CHAT, {"messages": HI, **own}, MAKER, DEFAULTS)
+    assert found.priority == -3
+    request = MAKER.make(found.prompt, found.sampling, index=0, priority=found.priority).request
+    assert (request.priority, request.cache_salt) == (-3, "s")
 
 
 def test_a_chat_completion() -> None:

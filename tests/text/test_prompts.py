@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from moe_serve.errors import CapacityError, RequestError
+from moe_serve.errors import RequestError
 from moe_serve.text.chat_template import ChatTemplate
 from moe_serve.text.prompts import RequestMaker, derived_seed, read_messages
 from moe_serve.text.tokenizer import load_tokenizer
@@ -45,10 +46,41 @@ def test_bad_prompts(
     assert all(part in str(caught.value) for part in says), str(caught.value)
 
 
-def test_too_long_is_a_question_of_capacity(maker: RequestMaker) -> None:
-    maker.make([5] * 255, SamplingParams(), index=0)
-    with pytest.raises(CapacityError):
-        maker.make([5] * 256, SamplingParams(), index=0)
+def test_the_longest_prompt_leaves_room_for_one_token(maker: RequestMaker) -> None:
+    assert len(maker.make([5] * 255, SamplingParams(), index=0).request.prompt_ids) == 255
+
+
+def test_numbers_of_numpy_become_pythons_own() -> None:
+    found = SamplingParams(
+        n=np.int64(2),  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        top_p=1,
+        stop_token_ids=np.array([3, 4]),  # type: ignore[arg-type]
+        logit_bias={np.int32(5): np.float64(1.5)},  # type: ignore[dict-item]
+    )
+    assert found == SamplingParams(
+        n=2, temperature=0.5, top_p=1.0, stop_token_ids=(3, 4), logit_bias={5: 1.5}
+    )
+    assert {type(found.n), type(found.stop_token_ids[0])} == {int}
+    assert {type(found.temperature), type(found.top_p)} == {float}
+
+
+def test_one_bad_word_is_a_list_of_one() -> None:
+    assert SamplingParams(bad_words="abc", stop="end") == SamplingParams(
+        bad_words=["abc"], stop=["end"]
+    )
+    assert SamplingParams(bad_words=None, stop=None) == SamplingParams()  # type: ignore[arg-type]
+
+
+def test_priority_and_salt_of_a_prompt(maker: RequestMaker) -> None:
+    sampling = SamplingParams()
+    request = maker.make({"prompt": "a", "cache_salt": "s"}, sampling, index=0, priority=-2).request
+    assert (request.priority, request.cache_salt) == (-2, "s")
+    request = maker.make("a", sampling, index=0).request
+    assert (request.priority, request.cache_salt) == (0, "")
+    for wrong in ("1", 1.5, None, 2**63):
+        with pytest.raises(RequestError, match="priority is "):
+            maker.make("a", sampling, index=0, priority=wrong)  # type: ignore[arg-type]
 
 
 def test_text_and_ids_give_the_same_request(maker: RequestMaker) -> None:
