@@ -31,7 +31,7 @@ test: install
 bench: install
 	$(BIN)/moe-serve bench latency
 	$(BIN)/moe-serve bench throughput
-	$(BIN)/python -m benchmarks.peers --rounds 3 --jobs 1x128/16,4x128/16
+	$(BIN)/python -m benchmarks.peers --rounds 5 --jobs 1x128/16,4x128/16
 
 build: install
 	$(BIN)/python -m build

@@ -4,7 +4,7 @@ Hypothesis: yes, for one model, dtype and numerics_id (docs/adr/0001). One facto
 changed around a base, then random combinations; every output of every run is compared with the
 base's, token by token and logprob by logprob, as exact floats.
 
-    python -m benchmarks.exactness --prompts ../shared/data/prompts          # all of it
+    python -m benchmarks.exactness --prompts ../shared/data/prompts [--save] # all of it
     python -m benchmarks.exactness --prompts ... --num-prompts 12 --random 3 # a short one
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import Row, write_results
+from benchmarks.results import Row, recorded_command, write_results
 from moe_serve.llm import LLM
 from moe_serve.types import RequestOutput, SamplingParams
 
@@ -56,8 +56,8 @@ class Case:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     threads: int = 2
-    # forced preemption: KV for this many prompts only
-    num_resident_prompts: int | None = None
+    # forced preemption: KV for this many requests only, which begin short and grow long
+    num_resident: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,10 @@ FACTORS = (
     Case("1 thread", threads=1),
 )
 # admitted without room to grow, running sequences push each other out
-PREEMPTION = Case("preemption", {"admission_horizon": 0, "block_size": 4}, num_resident_prompts=4)
+PREEMPTION = Case("preemption", {"admission_horizon": 0, "block_size": 4}, num_resident=4)
+# a full run must have forced more of them than this, on each model and dtype
+MIN_PREEMPTIONS = 50
+FULL_RANDOM = 30
 
 
 def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
@@ -132,10 +135,10 @@ class Subject:
     def run(self, case: Case) -> Outcome:
         """Build an engine with the case's options and run all prompts through it."""
         options = {**BASE.options, **case.options}
-        if case.num_resident_prompts is not None:
+        if case.num_resident is not None:
             longest = max(map(len, self.prompts)) + self.max_tokens
             block_size = options.get("block_size", 16)
-            options["num_kv_blocks"] = case.num_resident_prompts * -(-longest // block_size)
+            options["num_kv_blocks"] = case.num_resident * -(-longest // block_size)
         threads = torch.get_num_threads()
         torch.set_num_threads(case.threads)
         try:
@@ -154,10 +157,10 @@ class Subject:
             seconds,
         )
 
-    def for_preemption(self) -> Subject:
+    def for_preemption(self, max_tokens: int = 64) -> Subject:
         """Return the same with short prompts and long outputs, which grow past any room."""
         prompts = [ids[-16:] for ids in self.prompts[::2]]
-        return Subject(self.model, self.dtype, prompts, 64, self.load_format)
+        return Subject(self.model, self.dtype, prompts, max_tokens, self.load_format)
 
 
 def _exact(output: RequestOutput) -> tuple[Any, ...]:
@@ -219,7 +222,7 @@ def main() -> int:
     parser.add_argument("--num-wide", type=int, default=40, help="for the wide dummy")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--random", type=int, default=30, help="random combinations")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results")
+    parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     args = parser.parse_args()
     rows: list[Row] = []
     texts = read_prompts(args.prompts, args.num_prompts)
@@ -234,11 +237,24 @@ def main() -> int:
                 numerics.append(subject.numerics_id)
     num_wrong = sum(int(row.value) for row in rows if row.limit == 0)
     print(f"{num_wrong} outputs differ from their base")
+    num_forced = fewest_forced(rows)
+    print(f"at least {num_forced} preemptions were forced on each model and dtype")
+    is_proof = args.random < FULL_RANDOM or num_forced > MIN_PREEMPTIONS
+    if not is_proof:
+        print(f"that is too few to prove anything: a full run needs more than {MIN_PREEMPTIONS}")
     if args.save:
-        command = f"python -m benchmarks.exactness {' '.join(sys.argv[1:])}"
+        command = recorded_command("benchmarks.exactness", sys.argv[1:])
         numerics_id = ", ".join(dict.fromkeys(numerics))
         print(write_results("exactness", rows, command=command, numerics_id=numerics_id))
-    return 1 if num_wrong else 0
+    return 1 if num_wrong or not is_proof else 0
+
+
+def fewest_forced(rows: Sequence[Row]) -> int:
+    """Return the least number of preemptions that the case made for them forced on any model."""
+    forced = [
+        int(row.value) for row in rows if row.name.endswith(f"{PREEMPTION.name}: preemptions")
+    ]
+    return min(forced, default=0)
 
 
 def run_matrix(name: str, subject: Subject, num_random: int) -> list[Row]:
@@ -247,10 +263,11 @@ def run_matrix(name: str, subject: Subject, num_random: int) -> list[Row]:
     print(f"{name}: {len(base.outputs)} outputs, {base.seconds:.1f} s ({subject.numerics_id})")
     rows = []
     growing = subject.for_preemption()
+    growing_base = growing.run(BASE)
     for case in (*FACTORS, PREEMPTION, *random_cases(num_random)):
-        one, its_base = (growing, growing.run(BASE)) if case is PREEMPTION else (subject, base)
-        outcome = one.run(case)
-        wrong = differing(outcome, its_base)
+        grows = case.num_resident is not None
+        outcome = (growing if grows else subject).run(case)
+        wrong = differing(outcome, growing_base if grows else base)
         print(
             f"  {len(wrong):3d} differ {outcome.num_preemptions:5d} preemptions"
             f" {outcome.prefix_hit_tokens:6d} hit tokens {outcome.seconds:6.1f} s  {case.name}",
@@ -258,7 +275,7 @@ def run_matrix(name: str, subject: Subject, num_random: int) -> list[Row]:
         )
         label = f"{name}, {case.name}"
         rows.append(Row.of(f"{label}: outputs that differ", [len(wrong)], "count", limit=0))
-        if outcome.num_preemptions:
+        if grows:
             rows.append(Row.of(f"{label}: preemptions", [outcome.num_preemptions], "count"))
         if outcome.prefix_hit_tokens:
             rows.append(Row.of(f"{label}: hit tokens", [outcome.prefix_hit_tokens], "count"))

@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -108,6 +109,24 @@ def source_state(root: Path = ROOT) -> tuple[str, bool]:
 def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(("git", *arguments), cwd=root, check=True, capture_output=True, text=True)
     return done.stdout
+
+
+def recorded_command(module: str, arguments: Sequence[str]) -> str:
+    """Return the line that runs `module` of this tree again, as a shell in its root takes it.
+
+    No path of this machine is kept: an absolute one within the tree is written relative to it, one
+    outside as FOLDER and its last part, for the reader to put in.
+    """
+    return shlex.join(["python", "-m", module, *map(_portable, arguments)])
+
+
+def _portable(argument: str) -> str:
+    flag, equals, value = argument.rpartition("=")
+    if not Path(value).is_absolute():
+        return argument
+    path = Path(os.path.normpath(value))
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path("FOLDER", path.name)
+    return f"{flag}{equals}{shown}"
 
 
 def write_results(

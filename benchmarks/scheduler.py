@@ -4,24 +4,24 @@ Hypothesis: a step costs at most 50 us with 1 running request, 1 ms with 256 and
 and grows linearly: the scheduler is never what a batch waits for. Block size 16, prefix cache on;
 each sample is the mean over 64 steps, so that every sequence takes four new blocks in it.
 
-    python -m benchmarks.scheduler [--json]
+    python -m benchmarks.scheduler [--save]
 
-With --json the figures are also kept in benchmarks/results/.
+With --save the figures are also kept in benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 
-from benchmarks.results import Row, write_results
+from benchmarks.results import Row, recorded_command, write_results
 from moe_serve import plugin
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.scheduler import Scheduler
 from moe_serve.engine.sequence import SamplerOutput
 from moe_serve.types import CacheGroup, Request, SamplingParams
 
-COMMAND = "python -m benchmarks.scheduler --json"
 GOALS_US = {1: 50.0, 256: 1_000.0, 4_096: 5_000.0}
 BLOCK_SIZE = 16
 STEPS = 64
@@ -74,7 +74,7 @@ def measure(num_seqs: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="keep the figures in results/")
+    parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     arguments = parser.parse_args()
     rows = []
     print(f"{'running':>8} {'median us':>10} {'min':>9} {'max':>9} {'goal':>8} {'us/request':>11}")
@@ -92,8 +92,9 @@ def main() -> None:
             f"{num_seqs:>8} {row.median:>10.1f} {row.min:>9.1f} {row.max:>9.1f} {goal_us:>8.0f} "
             f"{row.median / num_seqs:>11.2f}"
         )
-    if arguments.json:
-        print(write_results("scheduler", rows, command=COMMAND))
+    if arguments.save:
+        command = recorded_command("benchmarks.scheduler", sys.argv[1:])
+        print(write_results("scheduler", rows, command=command))
 
 
 if __name__ == "__main__":

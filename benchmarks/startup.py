@@ -16,10 +16,11 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from benchmarks.results import Row, write_results
+from benchmarks.results import Row, recorded_command, write_results
 
 ROUNDS = 5
 GENERATE = ("-m", "moe_serve", "generate", "Once upon a time", "--max-tokens", "1", "--json")
@@ -68,7 +69,7 @@ def main() -> None:
         torch_bytes.append(float(printed))
     floor_s = sorted(torchs)[ROUNDS // 2] + metrics["model_bytes"] / copy_bandwidth()
     floor_bytes = sorted(torch_bytes)[ROUNDS // 2] + metrics["model_bytes"]
-    name = arguments.model if arguments.model == "demo-moe" else "model"
+    name = Path(arguments.model).resolve().name
     rows = [
         Row.of(f"{name}: process start to first token and exit", seconds, "s", limit=floor_s),
         Row.of(f"{name}: peak memory", ours, "bytes", limit=floor_bytes),
@@ -78,7 +79,7 @@ def main() -> None:
         limit = "" if row.limit is None else f"  limit {row.limit:,.2f}"
         print(f"{row.name}: {row.median:,.2f} {row.unit} ({row.min:,.2f} to {row.max:,.2f}){limit}")
     if arguments.save:
-        call = f"python -m benchmarks.startup --model {name} --save"
+        call = recorded_command("benchmarks.startup", sys.argv[1:])
         print(write_results("startup", rows, command=call, numerics_id=document["numerics_id"]))
 
 

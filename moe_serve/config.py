@@ -9,6 +9,7 @@ are checked where they are resolved, not here.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 import types
@@ -24,9 +25,16 @@ ENVIRONMENT_PREFIX = "MOE_SERVE_"
 EMBEDDED_MODEL = "demo-moe"
 
 
-def _at_least(name: str, value: int | float | None, low: int | float) -> None:
-    if value is not None and value < low:
-        raise ConfigError(f"{name} is {value}; it must be at least {low}")
+# positions, blocks and slots of the KV are counted in int32 somewhere
+_MAX_COUNT = 2**31 - 1
+_MAX_SEQS = 2**20
+_MAX_THREADS = 2**12
+_MAX_KV_GIB = 2**20
+
+
+def _within(name: str, value: int | None, low: int, high: int = _MAX_COUNT) -> None:
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"{name} is {value}; it must be from {low} to {high}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +55,12 @@ class KVConfig:
     )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.block_size <= 64:
-            raise ConfigError(f"block_size is {self.block_size}; it must be from 1 to 64")
-        _at_least("num_kv_blocks", self.num_kv_blocks, 1)
-        if self.kv_cache_gb is not None and self.kv_cache_gb <= 0:
-            raise ConfigError(f"kv_cache_gb is {self.kv_cache_gb}; it must be above 0")
+        _within("block_size", self.block_size, 1, 64)
+        _within("num_kv_blocks", self.num_kv_blocks, 1)
+        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb <= _MAX_KV_GIB:
+            raise ConfigError(
+                f"kv_cache_gb is {self.kv_cache_gb}; it must be above 0, and at most {_MAX_KV_GIB}"
+            )
         if self.num_kv_blocks is not None and self.kv_cache_gb is not None:
             raise ConfigError("num_kv_blocks and kv_cache_gb both set the KV memory; give one")
 
@@ -80,10 +89,10 @@ class SchedulerConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least("max_num_seqs", self.max_num_seqs, 1)
-        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
-        _at_least("max_prefill_chunk", self.max_prefill_chunk, 1)
-        _at_least("admission_horizon", self.admission_horizon, 0)
+        _within("max_num_seqs", self.max_num_seqs, 1, _MAX_SEQS)
+        _within("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _within("max_prefill_chunk", self.max_prefill_chunk, 1)
+        _within("admission_horizon", self.admission_horizon, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +124,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least("max_model_len", self.max_model_len, 1)
+        _within("max_model_len", self.max_model_len, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +142,8 @@ class RuntimeConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least("threads", self.threads, 1)
+        _within("threads", self.threads, 1, _MAX_THREADS)
+        _within("seed", self.seed, -(2**63), 2**63 - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +215,8 @@ def _check_type(leaf: OptionField, value: object) -> None:
     accepted = (int, float) if leaf.kind is float else leaf.kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and leaf.kind is not bool):
         raise ConfigError(f"{leaf.name} is {value!r}; it must be of type {leaf.kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{leaf.name} is {value}; it must be a finite number")
     if leaf.choices and value not in leaf.choices:
         raise ConfigError(
             f"{leaf.name} is {value!r}{nearest(str(value), leaf.choices)} "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_serve.config import EngineConfig, option_fields, resolve_options
+from moe_serve.config import EngineConfig, KVConfig, option_fields, resolve_options
 from moe_serve.errors import ConfigError
 
 
@@ -43,8 +43,13 @@ def test_flag_before_environment_before_file_before_default(tmp_path: Path) -> N
         ({"kv_cache_gb": -1.0}, "kv_cache_gb is -1.0; it must be above 0"),
         ({"kv_cache_gb": 1, "num_kv_blocks": 5}, "give one"),
         ({"dtype": "float3"}, "did you mean 'float32'?"),
-        ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be at least 1"),
-        ({"threads": 0}, "threads is 0; it must be at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0; it must be from 1 to 1048576"),
+        ({"threads": 0}, "threads is 0; it must be from 1 to 4096"),
+        ({"threads": 10**6}, "threads is 1000000; it must be from 1 to 4096"),
+        ({"kv_cache_gb": float("nan")}, "kv_cache_gb is nan; it must be a finite number"),
+        ({"kv_cache_gb": float("inf")}, "kv_cache_gb is inf; it must be a finite number"),
+        ({"kv_cache_gb": 10**400}, "it must be above 0, and at most 1048576"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it must be from"),
     ],
     ids=str,
 )
@@ -52,6 +57,20 @@ def test_a_wrong_option_is_named(options: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         EngineConfig.from_options(options)
     assert says in str(caught.value)
+
+
+def test_every_whole_number_has_an_upper_bound() -> None:
+    names = [leaf.name for leaf in option_fields() if leaf.kind is int]
+    assert "num_kv_blocks" in names
+    for name in names:
+        with pytest.raises(ConfigError, match=f"{name} is {10**30}; it must be from .* to "):
+            EngineConfig.from_options({name: 10**30})
+
+
+def test_numbers_that_are_not_finite_are_refused_without_from_options() -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ConfigError, match="kv_cache_gb is"):
+            KVConfig(kv_cache_gb=value)
 
 
 @pytest.mark.parametrize(

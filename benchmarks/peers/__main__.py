@@ -1,18 +1,17 @@
 """The same work on this project and on others, in turn, as ratios.
 
-    python -m benchmarks.peers [--systems moe_serve,transformers] [--jobs 1x128/64,...] [--json]
+    python -m benchmarks.peers [--systems moe_serve,transformers] [--jobs 1x128/64,...] [--save]
 
 Hypothesis: on plain torch this project does not lose to transformers (experts eager) at one request
 or at sixteen, decoding or reading prompts. Greedy, bf16, end of text ignored; every round has new
-prompts. Figures of one run are to be compared with each other, not with another day's. --json also
-writes the figures to benchmarks/results.
+prompts. Figures of one run are to be compared with each other, not with another day's. --save also
+keeps the figures in benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from benchmarks.peers.jobs import Job
 from benchmarks.peers.limit import MachineSpeed, least_seconds, measure_speed
 from benchmarks.peers.shape import SHAPES, Shape, cache_folder, checkpoint
 from benchmarks.peers.worker import SYSTEMS
-from benchmarks.results import Row, write_results
+from benchmarks.results import Row, recorded_command, write_results
 from moe_serve import plugin
 
 OURS = "moe_serve"
@@ -80,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="baseline")
     parser.add_argument("--threads", type=int, help="CPU threads; default: each system's choice")
     parser.add_argument("--cache", type=Path, help="where the checkpoint is kept between runs")
-    parser.add_argument("--json", action="store_true", help="write to benchmarks/results as well")
+    parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     arguments = parser.parse_args(argv)
     try:
         arguments.jobs = [Job.parse(text) for text in arguments.jobs.split(",")]
@@ -121,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         numerics_id = next((w.numerics_id for w in workers if w.system == OURS), None)
         rows = rows_of(measure(workers, arguments.jobs, arguments.rounds), shape, speed)
     print_table(rows)
-    if arguments.json:
+    if arguments.save:
         words = sys.argv[1:] if argv is None else argv
-        command = shlex.join(["python", "-m", "benchmarks.peers", *words])
+        command = recorded_command("benchmarks.peers", words)
         path = write_results("peers", rows, command=command, numerics_id=numerics_id)
         print(f"written: {path}")
     return 0

@@ -29,13 +29,12 @@ def serve(system: str, model: Path, vocab_size: int, threads: int | None, replie
 
     start = time.perf_counter()
     try:
-        module = plugin.load(SYSTEMS, system)
+        runner = plugin.load(SYSTEMS, system).build(model, threads)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("benchmarks", "moe_serve"):
             raise  # ours is here, so it is broken
         reply(missing=str(error))
         return
-    runner = module.build(model, threads)
     load_s = time.perf_counter() - start
     reply(ready=runner.version, numerics_id=runner.numerics_id, load_s=load_s)
     for line in sys.stdin:

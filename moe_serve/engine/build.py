@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,23 +13,20 @@ from moe_serve import plugin
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.kv_cache import KVCacheManager
+from moe_serve.engine.memory import available_bytes, num_kv_blocks
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.sampler import Sampler
 from moe_serve.engine.scheduler import Scheduler
-from moe_serve.errors import CapacityError, ConfigError
+from moe_serve.errors import ConfigError
 from moe_serve.kernels import suite
 from moe_serve.models.checkpoint import load_weights, weights_bytes
 from moe_serve.models.decoder import Decoder
 from moe_serve.models.dummy import dummy_weights
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
-from moe_serve.types import DTYPES, CacheGroup
+from moe_serve.types import DTYPES
 
 logger = logging.getLogger(__name__)
-
-# of the memory that is free once the weights are there; the rest is for work space and others
-_KV_SHARE = 0.25
-_GIB = 2**30
 
 
 def build_engine(
@@ -42,7 +38,8 @@ def build_engine(
     """Load the model in `folder` and return an engine ready to run.
 
     on_progress is called with (bytes read, bytes in all). Raises ConfigError for an option that
-    this model cannot have, CheckpointError for a folder that cannot be loaded.
+    this model cannot have, CheckpointError for a folder that cannot be loaded, CapacityError,
+    before any weight is read, for what the memory that is free now cannot hold.
     """
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
@@ -52,13 +49,13 @@ def build_engine(
     spec = read_spec(hf_config)
     dtype = _dtype(config.weights.dtype, hf_config.dtype)
     max_model_len = _max_model_len(config.weights.max_model_len, spec.max_position_embeddings)
+    num_blocks = num_kv_blocks(config, spec, dtype, max_model_len, available_bytes())
     if config.weights.load_format == "dummy":
         weights = dummy_weights(spec, dtype)
     else:
         weights = load_weights(folder, spec, dtype, on_progress=on_progress)
     model = Decoder(spec, weights, kernels, max_model_len)
     block_size = config.kv.block_size
-    num_blocks = num_kv_blocks(config, model.groups, max_model_len)
     kv = KVCacheManager(
         model.groups,
         num_blocks,
@@ -101,7 +98,7 @@ def _dtype(wanted: str, checkpoint: torch.dtype) -> torch.dtype:
     if checkpoint == torch.float16:
         logger.warning("the checkpoint is float16; it runs in bfloat16 (--dtype float32 is exact)")
         return torch.bfloat16
-    return checkpoint if checkpoint in (torch.bfloat16, torch.float32) else torch.float32
+    return checkpoint
 
 
 def _max_model_len(wanted: int | None, limit: int) -> int:
@@ -111,29 +108,3 @@ def _max_model_len(wanted: int | None, limit: int) -> int:
             "(max_position_embeddings); use at most that"
         )
     return wanted or limit
-
-
-def num_kv_blocks(
-    config: EngineConfig, groups: tuple[CacheGroup, ...], max_model_len: int
-) -> tuple[int, ...]:
-    """Return how many usable blocks each cache group gets: the same number for all.
-
-    As the options say, or else enough for `max_num_seqs` requests of full length, but at most a
-    quarter of the memory that is free now.
-    """
-    block_bytes = sum(group.bytes_per_token for group in groups) * config.kv.block_size
-    if config.kv.num_kv_blocks is not None:
-        count = config.kv.num_kv_blocks
-    elif config.kv.kv_cache_gb is not None:
-        count = int(config.kv.kv_cache_gb * _GIB) // block_bytes
-        if count < 1:
-            raise CapacityError(
-                f"kv_cache_gb is {config.kv.kv_cache_gb:g}, less than one block of "
-                f"{config.kv.block_size} tokens ({block_bytes} bytes)"
-            )
-    else:
-        per_request = -(-max_model_len // config.kv.block_size)
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        affordable = int(free * _KV_SHARE) // block_bytes
-        count = max(1, min(per_request * config.scheduler.max_num_seqs, affordable))
-    return (count,) * len(groups)

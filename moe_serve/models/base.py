@@ -18,6 +18,9 @@ from moe_serve.models.spec import (
 )
 from moe_serve.types import RouterRecipe
 
+# what Mistral and Qwen slide by when their config.json does not name sliding_window at all
+DEFAULT_WINDOW = 4096
+
 _MAX_SIZE = 2**24
 _MAX_LAYERS = 4096
 # experts of all layers together: each is a few lines of a plan, made before anything is read
@@ -48,10 +51,19 @@ def attention(
     qk_norm: Literal["head", "full"] | None = None,
     qkv_clip: float | None = None,
     default_theta: float = 10000.0,
+    default_kv_heads: int | None = None,
+    default_head_dim: int | None = None,
 ) -> AttentionSpec:
-    """Read the sizes of attention; what a family differs in is given."""
+    """Read the sizes of attention; what a family differs in is given.
+
+    default_kv_heads: where num_key_value_heads is absent; where it is null, or this is None, there
+        are as many as query heads. default_head_dim: None is hidden_size / query heads.
+    """
     num_heads = config.integer("num_attention_heads", low=1, high=2**16)
-    num_kv_heads = config.integer("num_key_value_heads", low=1, high=2**16, default=num_heads)
+    num_kv_heads = config.optional_integer("num_key_value_heads", low=1, high=2**16)
+    if num_kv_heads is None:
+        is_null = config.mentions("num_key_value_heads")
+        num_kv_heads = num_heads if is_null or default_kv_heads is None else default_kv_heads
     if num_heads % num_kv_heads:
         raise config.error(
             "num_key_value_heads",
@@ -59,6 +71,8 @@ def attention(
         )
     hidden_size = config.integer("hidden_size", low=1, high=_MAX_SIZE)
     head_dim = config.optional_integer("head_dim", low=2, high=2**12)
+    if head_dim is None:
+        head_dim = default_head_dim
     if head_dim is None:
         if hidden_size % num_heads:
             raise config.error(
@@ -88,7 +102,7 @@ def num_layers(config: HFConfig) -> int:
 def windows(config: HFConfig, is_sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
     """Return each layer's window: `sliding_window` where layer_types, or `is_sliding`, says so."""
     count = num_layers(config)
-    window = config.optional_integer("sliding_window", low=0, high=2**31)
+    window = _window(config, DEFAULT_WINDOW)
     kinds = config.layer_types(count, ("full_attention", "sliding_attention"))
     if kinds is None:
         slides = [is_sliding(layer) for layer in range(count)]
@@ -101,10 +115,18 @@ def windows(config: HFConfig, is_sliding: Callable[[int], bool]) -> tuple[int | 
     return tuple(window if slide else None for slide in slides)
 
 
-def windows_everywhere(config: HFConfig) -> tuple[int | None, ...]:
-    """Return `sliding_window`, if there is one, for every layer (Mistral, Mixtral)."""
-    window = config.optional_integer("sliding_window", low=0, high=2**31)
-    return (window or None,) * num_layers(config)
+def windows_everywhere(config: HFConfig, default: int | None) -> tuple[int | None, ...]:
+    """Return `sliding_window` for every layer; where it is null, or 0, there is none.
+
+    default: where the field is absent.
+    """
+    return (_window(config, default),) * num_layers(config)
+
+
+def _window(config: HFConfig, default: int | None) -> int | None:
+    if not config.mentions("sliding_window"):
+        return default
+    return config.optional_integer("sliding_window") or None
 
 
 def windows_above(config: HFConfig) -> tuple[int | None, ...]:
@@ -168,6 +190,7 @@ def decoder(
     attention: AttentionSpec,
     layers: tuple[LayerSpec, ...],
     names: MoeNames | None = None,
+    default_norm_eps: float = 1e-6,
 ) -> ModelSpec:
     """Put the spec together, with every weight and where a checkpoint has it."""
     config.refuse_quantised()
@@ -193,8 +216,8 @@ def decoder(
         model_type=model_type,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        max_position_embeddings=config.integer("max_position_embeddings", low=1, high=2**31),
-        norm_eps=config.number("rms_norm_eps", low=0.0, high=1.0, default=1e-6),
+        max_position_embeddings=config.integer("max_position_embeddings", low=1),
+        norm_eps=config.number("rms_norm_eps", low=0.0, high=1.0, default=default_norm_eps),
         attention=attention,
         layers=layers,
         is_embedding_tied=is_tied,

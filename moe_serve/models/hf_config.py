@@ -81,6 +81,10 @@ class HFConfig:
         """Return whether field `name` is there and not null."""
         return self.raw.get(name) is not None
 
+    def mentions(self, name: str) -> bool:
+        """Return whether field `name` is there, be it null: where null is not the default."""
+        return name in self.raw
+
     def optional_integer(self, *names: str, low: int = 0, high: int = MAX_INTEGER) -> int | None:
         """Return the integer, `low` to `high`, or None if it is absent."""
         name = self._present(names)

@@ -1,4 +1,4 @@
-"""Mistral: Llama's layout with a sliding window on every layer, where the config sets one."""
+"""Mistral: Llama's layout with a sliding window on every layer, unless the config says null."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ from moe_serve.models.spec import ModelSpec
 
 def build(config: HFConfig) -> ModelSpec:
     """Return the spec of a config.json of this type."""
-    layers = base.dense_layers(config, base.windows_everywhere(config))
-    return base.decoder(config, "mistral", base.attention(config), layers)
+    attention = base.attention(config, default_kv_heads=8)
+    layers = base.dense_layers(config, base.windows_everywhere(config, base.DEFAULT_WINDOW))
+    return base.decoder(config, "mistral", attention, layers)

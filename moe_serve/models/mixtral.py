@@ -21,7 +21,6 @@ def build(config: HFConfig) -> ModelSpec:
         router=base.recipe(config, renormalise=True),
         intermediate_size=config.integer("intermediate_size", low=1, high=2**24),
     )
-    layers = base.sparse_layers(config, base.windows_everywhere(config), moe)
-    return base.decoder(
-        config, "mixtral", base.attention(config, default_theta=1e6), layers, _NAMES
-    )
+    attention = base.attention(config, default_theta=1e6, default_kv_heads=8)
+    layers = base.sparse_layers(config, base.windows_everywhere(config, None), moe)
+    return base.decoder(config, "mixtral", attention, layers, _NAMES, default_norm_eps=1e-5)

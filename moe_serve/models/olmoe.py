@@ -22,4 +22,4 @@ def build(config: HFConfig) -> ModelSpec:
         intermediate_size=config.integer("intermediate_size", low=1, high=2**24),
     )
     layers = base.sparse_layers(config, (None,) * base.num_layers(config), moe)
-    return base.decoder(config, "olmoe", attention, layers, base.MoeNames())
+    return base.decoder(config, "olmoe", attention, layers, base.MoeNames(), default_norm_eps=1e-5)

@@ -9,6 +9,6 @@ from moe_serve.models.spec import ModelSpec
 
 def build(config: HFConfig) -> ModelSpec:
     """Return the spec of a config.json of this type."""
-    attention = base.attention(config, has_qkv_bias=True)
+    attention = base.attention(config, has_qkv_bias=True, default_kv_heads=32)
     layers = base.dense_layers(config, base.windows_above(config))
     return base.decoder(config, "qwen2", attention, layers)

@@ -9,7 +9,9 @@ from moe_serve.models.spec import ModelSpec, MoeSpec
 
 def build(config: HFConfig) -> ModelSpec:
     """Return the spec of a config.json of this type."""
-    attention = base.attention(config, has_qkv_bias=config.boolean("qkv_bias", default=True))
+    attention = base.attention(
+        config, has_qkv_bias=config.boolean("qkv_bias", default=True), default_kv_heads=16
+    )
     moe = MoeSpec(
         router=base.recipe(config, renormalise=config.boolean("norm_topk_prob", default=False)),
         intermediate_size=config.integer("moe_intermediate_size", low=1, high=2**24),

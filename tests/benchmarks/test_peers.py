@@ -1,18 +1,22 @@
+import io
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.peers import worker
 from benchmarks.peers.__main__ import parse_arguments, rows_of
 from benchmarks.peers.driver import Measurement, NotInstalled, Worker, measure
 from benchmarks.peers.jobs import Job
 from benchmarks.peers.limit import MachineSpeed, least_seconds
 from benchmarks.peers.shape import SHAPES, Shape, checkpoint
 from benchmarks.results import ROOT
+from moe_serve import plugin
 
 TINY = SHAPES["tiny"]
 
@@ -202,6 +206,32 @@ def test_a_system_that_is_not_installed_is_told_apart(fake_worker: Path, tmp_pat
 def test_a_system_that_fails_is_an_error(fake_worker: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"), Worker("broken", tmp_path, 10, None):
         pass
+
+
+@pytest.mark.parametrize("place", ["top", "build"])
+def test_a_missing_package_is_told_wherever_it_is_imported(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing(*_args: object) -> None:
+        raise ModuleNotFoundError("No module named 'absent'", name="absent.inner")
+
+    loaded = SimpleNamespace(build=missing)
+    load = missing if place == "top" else lambda *_args: loaded
+    monkeypatch.setattr(plugin, "load", load)
+    replies = io.StringIO()
+    worker.serve("absent", tmp_path, 10, None, replies)
+    assert json.loads(replies.getvalue()) == {"missing": "No module named 'absent'"}
+
+
+def test_a_missing_module_of_ours_is_no_missing_system(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_args: object) -> None:
+        raise ModuleNotFoundError("No module named 'moe_serve.gone'", name="moe_serve.gone")
+
+    monkeypatch.setattr(plugin, "load", lambda *_args: SimpleNamespace(build=broken))
+    with pytest.raises(ModuleNotFoundError, match="gone"):
+        worker.serve("moe_serve", tmp_path, 10, None, io.StringIO())
 
 
 @pytest.mark.slow

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import Row, describe_machine, source_state, this_machine, write_results
+from benchmarks.results import (
+    ROOT,
+    Row,
+    describe_machine,
+    recorded_command,
+    source_state,
+    this_machine,
+    write_results,
+)
 
 EPYC = """processor\t: 0
 model name\t: AMD EPYC 9R45
@@ -38,6 +46,25 @@ def test_an_accelerator_leads_the_machine_s_name() -> None:
 def test_row_summarises_samples() -> None:
     row = Row.of("decode", [3.0, 1.0, 2.0, 10.0], "tok/s", limit=20.0, ratio=1.5)
     assert row == Row("decode", 2.5, "tok/s", 2.5, 1.0, 10.0, 4, 20.0, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "python -m benchmarks.x"),
+        (["--model", "a b", "--save"], "python -m benchmarks.x --model 'a b' --save"),
+        (["--model", "../up/model"], "python -m benchmarks.x --model ../up/model"),
+        (["--model", "/mnt/models/big"], "python -m benchmarks.x --model FOLDER/big"),
+        (["--model=/mnt/models/big/"], "python -m benchmarks.x --model=FOLDER/big"),
+        (["--cache", str(ROOT / "build" / "c")], "python -m benchmarks.x --cache build/c"),
+        (["--jobs", "1x128/64"], "python -m benchmarks.x --jobs 1x128/64"),
+    ],
+    ids=["bare", "quoted", "relative", "outside", "outside-joined", "inside", "no-path"],
+)
+def test_a_command_can_be_run_again_and_names_no_machine_s_path(
+    arguments: list[str], expected: str
+) -> None:
+    assert recorded_command("benchmarks.x", arguments) == expected
 
 
 def test_row_without_samples_is_refused() -> None:

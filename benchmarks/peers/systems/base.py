@@ -1,7 +1,7 @@
 """What a system under measurement is: one file here, whose name is its name on the command line.
 
-A file defines `build(model, threads) -> System`; nothing heavy is imported before `build` runs, and
-an ImportError there means that the system is not installed.
+A file defines `build(model, threads) -> System`. It may import the system's packages at its top or
+in `build`: where one is missing (ModuleNotFoundError) the system is left out, and that is said.
 """
 
 from __future__ import annotations
