@@ -1,0 +1,160 @@
+"""How much memory there is, and how much the KV cache gets: settled before anything is made."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from moe_serve.config import EngineConfig
+from moe_serve.errors import CapacityError
+from moe_serve.models.checkpoint import weights_bytes
+from moe_serve.models.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+# of the memory that is free once the weights are there; the rest is for work space and others
+_KV_SHARE = 0.25
+# what the block pool itself keeps of a block: an entry in three lists and an int
+_POOL_BYTES_PER_BLOCK = 64
+_TABLE_ENTRY_BYTES = 4
+_GIB = 2**30
+_UNKNOWN = 4 * _GIB
+
+
+def num_kv_blocks(
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    max_model_len: int,
+    available: int,
+) -> tuple[int, ...]:
+    """Return how many usable blocks each cache group gets: the same number for all.
+
+    As the options say, or else enough for `max_num_seqs` requests of full length, but at most a
+    quarter of what the model leaves of `available` bytes. Raises CapacityError when weights, tables
+    and blocks together need more than is available.
+    """
+    groups = spec.cache_groups(dtype.itemsize)
+    tokens_bytes = sum(group.bytes_per_token for group in groups) * config.kv.block_size
+    block_bytes = tokens_bytes + _POOL_BYTES_PER_BLOCK * len(groups)
+    weights = weights_bytes(spec, dtype)
+    blocks_per_request = -(-max_model_len // config.kv.block_size)
+    tables = _rotary_bytes(spec, max_model_len)
+    tables += len(groups) * config.scheduler.max_num_seqs * blocks_per_request * _TABLE_ENTRY_BYTES
+    free = available - weights - tables
+    if free < 0:
+        raise CapacityError(
+            f"the model needs {_text(weights)} for its weights and {_text(tables)} for the rotary "
+            f"table and the block tables of {config.scheduler.max_num_seqs} requests of "
+            f"max_model_len {max_model_len}, but {_text(available)} are available; "
+            + (
+                "use a smaller model or dtype"
+                if weights > available
+                else "lower max_model_len or max_num_seqs"
+            )
+        )
+    if config.kv.num_kv_blocks is not None:
+        count = config.kv.num_kv_blocks
+    elif config.kv.kv_cache_gb is not None:
+        count = int(config.kv.kv_cache_gb * _GIB) // tokens_bytes
+        if count < 1:
+            raise CapacityError(
+                f"kv_cache_gb is {config.kv.kv_cache_gb:g}, less than one block of "
+                f"{config.kv.block_size} tokens ({tokens_bytes} bytes)"
+            )
+    else:
+        wanted = blocks_per_request * config.scheduler.max_num_seqs
+        count = max(1, min(wanted, int(free * _KV_SHARE) // block_bytes))
+        if count < wanted:
+            logger.info(
+                "KV cache: %d blocks of %d tokens, a quarter of the free memory; %d requests of "
+                "full length (%d tokens) would fill %d: lower max_model_len, or give kv_cache_gb",
+                count,
+                config.kv.block_size,
+                config.scheduler.max_num_seqs,
+                max_model_len,
+                wanted,
+            )
+    kv = (count + 1) * block_bytes  # one more: the null block
+    if kv > free:
+        most = free // block_bytes - 1
+        raise CapacityError(
+            f"{count} KV blocks of {config.kv.block_size} tokens need {_text(kv)} and the model "
+            f"{_text(weights + tables)}, but {_text(available)} are available; "
+            + (
+                f"give at most num_kv_blocks {most} or kv_cache_gb {most * tokens_bytes / _GIB:.3g}"
+                if most > 0
+                else "use a smaller model or dtype, or a lower max_model_len"
+            )
+        )
+    return (count,) * len(groups)
+
+
+def _rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:
+    """Return what the rotary table takes while it is made: cos, sin, and as much to make them."""
+    return max_model_len * spec.attention.head_dim * torch.float32.itemsize * 2
+
+
+def _text(num_bytes: int) -> str:
+    return f"{num_bytes} bytes ({num_bytes / _GIB:.3g} GiB)"
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many bytes this process can still take without pushing anything out to swap.
+
+    proc, cgroups: where the system shows itself. The page cache counts as available, as it gives
+    way. Where the system tells nothing, 4 GiB.
+    """
+    found = [
+        num_bytes
+        for num_bytes in (_machine_bytes(proc), _cgroup_bytes(proc, cgroups))
+        if num_bytes is not None
+    ]
+    return max(0, min(found, default=_UNKNOWN))
+
+
+def _machine_bytes(proc: Path) -> int | None:
+    available = _field(proc / "meminfo", "MemAvailable:")
+    if available is not None:
+        return available * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # a name that this system does not know
+        return None
+
+
+def _cgroup_bytes(proc: Path, cgroups: Path) -> int | None:
+    """Return what the tightest cgroup (v2) around this process leaves, or None without a limit."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    if own is None:
+        return None
+    folder = cgroups / own
+    left = [_left_in(group) for group in (folder, *folder.parents) if group.is_relative_to(cgroups)]
+    return min((num_bytes for num_bytes in left if num_bytes is not None), default=None)
+
+
+def _left_in(group: Path) -> int | None:
+    """Return the limit of one cgroup less what it holds; files' pages that can go do not count."""
+    try:
+        limit = int((group / "memory.max").read_text())
+        current = int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+    return limit - current + (_field(group / "memory.stat", "inactive_file") or 0)
+
+
+def _field(path: Path, name: str) -> int | None:
+    """Return the number after `name` in a file of lines "name number ...", or None."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    words = (line.split() for line in lines)
+    return next((int(w[1]) for w in words if len(w) > 1 and w[0] == name), None)
