@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from moe_serve.llm import LLM
     from moe_serve.types import SamplingParams
 
-__all__ = ["LLM", "EngineConfig", "SamplingParams"]
+    __version__: str
+
+__all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
 
 _MODULE_OF = {
     "LLM": "moe_serve.llm",
@@ -23,9 +25,25 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'moe_serve' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def _version() -> str:
+    """Return the version of a checkout, or of what is installed."""
+    import tomllib  # only here: this module is part of every start
+    from importlib import metadata
+    from pathlib import Path
+
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if project.is_file():
+        found = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {})
+        if found.get("name") == "moe-serve":
+            return str(found["version"])
+    return metadata.version("moe-serve")
 
 
 def __dir__() -> list[str]:

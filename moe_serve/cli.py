@@ -2,55 +2,77 @@
 
 What a verb needs is imported inside it, so that --help takes no time. stdout has the answer and
 nothing else; notes, progress and errors go to stderr. Exit codes: 0, 1 (an output ended with an
-error, or a fault of ours), 2 (usage, request), 3 (model), 130 (interrupted), 141 (pipe closed).
+error or cannot be written, or a fault of ours), 2 (usage, request), 3 (model), 130 (interrupted),
+141 (pipe closed).
 """
 
 from __future__ import annotations
 
+import errno
 import inspect
+import io
 import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
-import typer
+try:
+    import typer
 
-from moe_serve import plugin
-from moe_serve.config import EngineConfig, OptionField, option_fields, resolve_options
-from moe_serve.errors import CheckpointError, ConfigError, MoeServeError, RequestError
+    from moe_serve import plugin
+    from moe_serve.config import EngineConfig, OptionField, option_fields, resolve_options
+    from moe_serve.errors import CheckpointError, ConfigError, MoeServeError, RequestError
+except KeyboardInterrupt:  # before there is a command whose `run` could be quiet about it
+    raise SystemExit(130) from None
 
 if TYPE_CHECKING:
     from moe_serve.llm import LLM
     from moe_serve.types import RequestOutput, SamplingParams
 
 PROGRAM = "moe-serve"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 DEFAULT_MAX_TOKENS = 128
 EXAMPLE = f'{PROGRAM} generate "Once upon a time, there was a little girl named Lily."'
 
 # flag, type, help; what is not given is the model's own generation_config, or the neutral value
 SAMPLING_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("max_tokens", int, f"Most tokens of an output. [default: {DEFAULT_MAX_TOKENS}]"),
-    ("min_tokens", int, "No end before so many tokens."),
-    ("temperature", float, "0 is greedy. [default: the model's]"),
+    ("min_tokens", int, "No end before so many tokens. [default: 0]"),
+    ("temperature", float, "0 is greedy. [default: the model's, or 1]"),
     (
         "top_p",
         float,
-        "How much probability the tokens to choose from have together. [default: the model's]",
+        "How much probability the tokens to choose from have together. "
+        "[default: the model's, or 1]",
     ),
-    ("top_k", int, "How many tokens to choose from; 0: all. [default: the model's]"),
-    ("min_p", float, "Least probability of a token, as a share of the best one's."),
-    ("n", int, "Outputs of each prompt."),
-    ("repetition_penalty", float, "Above 1: what was there becomes less likely."),
-    ("presence_penalty", float, "Taken from the logits of what was there."),
-    ("frequency_penalty", float, "The same, for each time it was there."),
-    ("stop", list[str], "A text that ends an output; may be given again."),
-    ("ignore_eos", bool, "Go on after the end token."),
-    ("logprobs", int, "Give each token's logprob and those of so many of the best."),
+    ("top_k", int, "How many tokens to choose from; 0: all. [default: the model's, or 0]"),
+    (
+        "min_p",
+        float,
+        "Least probability of a token, as a share of the best one's. [default: the model's, or 0]",
+    ),
+    ("n", int, "Outputs of each prompt. [default: 1]"),
+    (
+        "repetition_penalty",
+        float,
+        "Above 1: what was there becomes less likely. [default: the model's, or 1]",
+    ),
+    ("presence_penalty", float, "Taken from the logits of what was there. [default: 0]"),
+    ("frequency_penalty", float, "The same, for each time it was there. [default: 0]"),
+    ("stop", list[str], "A text that ends an output; may be given again. [default: none]"),
+    ("ignore_eos", bool, "Go on after the end token. [default: no]"),
+    (
+        "logprobs",
+        int,
+        "With --json: [id, logprob] of each token that was chosen. The number, 0 to 20, is how "
+        "many of the best are kept too, which only Python's API shows. [default: none]",
+    ),
 )
+NOT_OF_CHAT = frozenset({"n", "logprobs"})
 
 # of click, or of the copy inside typer
 _UsageFault: type[Exception] = next(
@@ -70,8 +92,22 @@ app.add_typer(bench, name="bench")
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        import moe_serve
+
+        print(f"{PROGRAM} {moe_serve.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Show the version.", is_eager=True, callback=_print_version),
+]
+
+
 @app.callback()
-def _root(debug: Debug = False) -> None:
+def _root(debug: Debug = False, version: Version = False) -> None:
     """`main` looks for --debug itself, so that it may stand before or after the verb."""
 
 
@@ -101,16 +137,25 @@ def _engine_parameters() -> Iterator[inspect.Parameter]:
     yield _option("config", Path, "--config", "A TOML file of these options.")
 
 
-def _sampling_parameters() -> Iterator[inspect.Parameter]:
+def _sampling_parameters(without: Container[str]) -> Iterator[inspect.Parameter]:
     for name, kind, text in SAMPLING_FLAGS:
-        yield _option(name, kind, f"--{name.replace('_', '-')}", text)
+        if name not in without:
+            yield _option(name, kind, f"--{name.replace('_', '-')}", text)
 
 
-def _verb(group: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a verb; its parameters `engine` and `sampling` stand for all flags of their kind."""
+def _verb(
+    group: typer.Typer, without: Container[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a verb; its parameters `engine` and `sampling` stand for all flags of their kind.
+
+    without: sampling flags that the verb has no use for.
+    """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        generated = {"engine": list(_engine_parameters()), "sampling": list(_sampling_parameters())}
+        generated = {
+            "engine": list(_engine_parameters()),
+            "sampling": list(_sampling_parameters(without)),
+        }
         own = inspect.signature(function, eval_str=True).parameters
         parameters: list[inspect.Parameter] = []
         for name, parameter in own.items():
@@ -171,27 +216,33 @@ def generate(
         if limit is not None:
             raise ConfigError("--limit is for --prompts; without a file it has no effect")
         entries: list[dict[str, Any]] = [{"prompt": text} for text in prompt or _stdin_prompt()]
+        places = [f"prompt {index}" for index in range(len(entries))]
     elif prompt:
         raise ConfigError("prompts are named and --prompts gives a file of them; use one of both")
     else:
-        entries = read_prompt_file(prompts, limit)
+        lines = read_prompt_file(prompts, limit)
+        entries, places = [line.entry for line in lines], [line.where for line in lines]
     llm, params = _load(engine, sampling, chat_template)
+    if not llm.has_chat_template and any("messages" in entry for entry in entries):
+        _note_no_template(llm)
+    if "logprobs" in sampling and not as_json:
+        _note("--logprobs shows nothing without --json")
+    listed = []
+    for place, entry in zip(places, entries, strict=True):
+        try:
+            listed.append(prompt_of(entry, llm.requests))
+        except RequestError as error:
+            raise type(error)(f"{place}: {error}") from error
     if len(entries) == 1 and params.n == 1 and not as_json:
-        outputs = [_print_stream(llm, prompt_of(entries[0], llm.requests), params)]
+        outputs = [_print_stream(llm, listed[0], params)]
     else:
-        listed = []
-        for index, entry in enumerate(entries):
-            try:
-                listed.append(prompt_of(entry, llm.requests))
-            except RequestError as error:
-                raise type(error)(f"prompt {index}: {error}") from error
         priorities = [entry.get("priority", 0) for entry in entries]
         outputs = llm.generate(listed, params, priority=priorities)
         _print_json(_json_report(llm, outputs)) if as_json else _print_texts(outputs)
     _close(llm, outputs)
 
 
-@_verb(app)
+@_verb(app, without=NOT_OF_CHAT)
 def chat(
     chat_template: TemplateFile = None, *, sampling: dict[str, Any], engine: dict[str, Any]
 ) -> None:
@@ -199,11 +250,11 @@ def chat(
 
     A model without a chat template continues the text of the conversation instead.
     """
+    if sys.stdin is None:
+        raise ConfigError("stdin is closed; chat reads its messages there")
     llm, params = _load(engine, sampling, chat_template)
-    if params.n != 1:
-        raise RequestError(f"n is {params.n}; chat gives one answer")
     if not llm.has_chat_template:
-        _note(f"{llm.model} has no chat template: it continues the text (see --chat-template)")
+        _note_no_template(llm)
     history: list[dict[str, str]] = []
     num_failed = 0
     for line in _chat_lines():
@@ -227,16 +278,25 @@ def batch(
     *,
     engine: dict[str, Any],
 ) -> None:
-    """Answer a file of requests in OpenAI's batch form, going on where it was stopped."""
-    if not source.is_file():  # before the model is read
-        raise ConfigError(f"{source}: no such file")
-    from moe_serve.batch import run_batch  # imports torch
+    """Answer a file of requests in OpenAI's batch form, going on where it was stopped.
 
+    A line that fails has an answer that says why (its status is not 200) and does not change the
+    exit code; the closing line tells how many did.
+    """
+    from moe_serve.batch import finished_report, run_batch  # imports torch
+
+    report = finished_report(_config(engine), source, target)  # before the model is read
+    if report is not None:
+        _note(
+            f"{target} was complete: {report.num_lines} answers, {report.num_failed} of them to "
+            "lines that failed"
+        )
+        return
     llm, _ = _load(engine, {}, chat_template)
     report = run_batch(llm, source, target)
     _note(
-        f"{report.num_lines} answers in {target}: {report.num_resumed} were there, "
-        f"{report.num_failed} of the new ones say what was wrong with their line"
+        f"{report.num_lines} answers in {target}: {report.num_resumed} were there before, "
+        f"{report.num_failed} are to lines that failed"
     )
     _close(llm, [])
 
@@ -300,19 +360,36 @@ def _load(
 
     given = {"max_tokens": DEFAULT_MAX_TOKENS, **sampling}
     SamplingParams.from_mapping(given)
-    flags = dict(engine)
-    options = resolve_options(flags, file=flags.pop("config", None))
-    llm = LLM(config=EngineConfig.from_options(options), chat_template=chat_template)
+    llm = LLM(config=_config(engine), chat_template=chat_template)
     return llm, dataclasses.replace(llm.default_sampling_params(), **given)
+
+
+def _config(engine: Mapping[str, Any]) -> EngineConfig:
+    flags = dict(engine)
+    return EngineConfig.from_options(resolve_options(flags, file=flags.pop("config", None)))
 
 
 def _stdin_prompt() -> list[str]:
     if sys.stdin is None or sys.stdin.isatty():
         raise ConfigError(f"no prompt. Try: {EXAMPLE}")
-    text = sys.stdin.read().removesuffix("\n")
+    try:
+        text = _utf8_stdin().read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error) from error
     if not text:
         raise ConfigError(f"no prompt, and nothing on stdin. Try: {EXAMPLE}")
     return [text]
+
+
+def _utf8_stdin() -> TextIO:
+    """Return stdin, strict whatever the locale says."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    return sys.stdin
+
+
+def _not_utf8(error: UnicodeDecodeError) -> RequestError:
+    return RequestError(f"stdin is not UTF-8: byte 0x{error.object[error.start]:02x}; convert it")
 
 
 def _print_stream(llm: LLM, prompt: Any, params: SamplingParams) -> RequestOutput:
@@ -401,8 +478,11 @@ def _close(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
 def _chat_lines() -> Iterator[str]:
     """Yield what the user types, or the lines of stdin when nobody types."""
     if not sys.stdin.isatty():
-        for line in sys.stdin:
-            yield line.rstrip("\n")
+        try:
+            for line in _utf8_stdin():
+                yield line.rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(error) from error
         return
     import readline  # noqa: F401  # its import gives input() a history and the arrow keys
 
@@ -442,7 +522,13 @@ def _answer(llm: LLM, params: SamplingParams, history: list[dict[str, str]], lin
     return True
 
 
+def _note_no_template(llm: LLM) -> None:
+    _note(f"{llm.model} has no chat template: it continues the text (see --chat-template)")
+
+
 def _note(text: str, program: str = f"{PROGRAM}: ") -> None:
+    if sys.stderr is None:  # closed at the start; print would take stdout
+        return
     print(f"{program}{printable(text)}", file=sys.stderr, flush=True)
 
 
@@ -470,6 +556,9 @@ def run(arguments: Sequence[str]) -> int:
     arguments = list(arguments) or ["--help"]
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     is_debug = "--debug" in flags
+    if sys.stdout is None:
+        _note("error: stdout is closed; send it to a file, or to /dev/null")
+        return 2
     try:
         code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
@@ -481,6 +570,11 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if is_debug:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            # what is written by name names itself: the output of a batch does
+            _note(f"error: stdout cannot be written: {error.strerror}")
+            _drop_stdout()
+            return 1
         return _report(error, is_debug)
 
 

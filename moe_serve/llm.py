@@ -7,6 +7,8 @@ made is the engine's. One `LLM` belongs to one thread; several of its streams ma
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
-from moe_serve.config import EngineConfig, resolve_options
+from moe_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_options
 from moe_serve.engine.build import build_engine
 from moe_serve.errors import CheckpointError, ConfigError, RequestError
 from moe_serve.hub import resolve_model
@@ -27,6 +29,7 @@ from moe_serve.models.hf_config import (
 from moe_serve.models.registry import read_spec
 from moe_serve.models.spec import ModelSpec
 from moe_serve.text.chat_template import ChatTemplate, load_chat_template, read_chat_template
+from moe_serve.text.interrupts import HeldInterrupt
 from moe_serve.text.progress import loading_bar, progress_bar
 from moe_serve.text.prompts import Message, PreparedRequest, Prompt, RequestMaker
 from moe_serve.text.request_output import RequestState
@@ -35,6 +38,8 @@ from moe_serve.text.tokenizer import Tokenizer, load_tokenizer
 from moe_serve.types import Request, RequestOutput, SamplingParams, StepOutput
 
 Conversation = Sequence[Message]
+
+logger = logging.getLogger(__name__)
 
 
 class TokenEngine(Protocol):
@@ -89,6 +94,12 @@ class LLM:
             )
         weights = config.weights
         folder = resolve_model(weights.model, weights.revision)
+        if weights.revision is not None and _is_local(weights.model):
+            logger.warning(
+                "revision %s has no effect: %s is no name of the hub",
+                weights.revision,
+                weights.model,
+            )
         spec = read_spec(HFConfig.read(folder))
         tokenizer_folder = folder
         if weights.tokenizer is not None:
@@ -135,10 +146,18 @@ class LLM:
         eos_token_ids = defaults.eos_token_ids
         if not eos_token_ids and tokenizer is not None and tokenizer.eos_id is not None:
             eos_token_ids = frozenset({tokenizer.eos_id})
+        vocab_size = engine.spec.vocab_size
+        if eos_token_ids and min(eos_token_ids) >= vocab_size:
+            logger.warning(
+                "no end token of the model (%s) is in its vocabulary of %d: outputs end at "
+                "max_tokens",
+                ", ".join(map(str, sorted(eos_token_ids)[:8])),
+                vocab_size,
+            )
         self.engine = engine
         self.tokenizer = tokenizer
         self.requests = RequestMaker(
-            vocab_size=engine.spec.vocab_size,
+            vocab_size=vocab_size,
             max_model_len=engine.max_model_len,
             tokenizer=tokenizer,
             eos_token_ids=eos_token_ids,
@@ -335,7 +354,8 @@ class LLM:
     def _step(self) -> None:
         """Run one step and tell every request it served, whoever waits for it."""
         if not self._untold:
-            self._untold.extend(self.engine.step())
+            with HeldInterrupt():  # within a step the engine's books do not agree
+                self._untold.extend(self.engine.step())
         now_s = time.monotonic()
         while self._untold:  # an interrupt leaves the rest to whoever steps next
             step = self._untold.popleft()
@@ -343,7 +363,8 @@ class LLM:
             if served is None:
                 continue
             if served.state.update(step, now_s):
-                self.engine.stop(step.request_id, step.index)
+                with HeldInterrupt():
+                    self.engine.stop(step.request_id, step.index)
             served.notify()
 
 
@@ -389,7 +410,8 @@ class _Run:
         # known before the engine has it, so that an interrupt in between leaves no orphan there
         llm._active[request.request_id] = self._mine[request.request_id] = served
         try:
-            llm.engine.add(request)
+            with HeldInterrupt():
+                llm.engine.add(request)
         except RequestError:
             self._forget(served)
             raise
@@ -442,13 +464,18 @@ class _Run:
     def close(self) -> None:
         """Abort what has not ended, and leave the run's figures."""
         llm = self._llm
-        for request_id in self._mine:
-            llm.engine.abort(request_id)
-            del llm._active[request_id]
-        if self._mine and llm._untold:  # an id may come again, and must not get these
-            llm._untold = deque(o for o in llm._untold if o.request_id not in self._mine)
-        self._mine.clear()
+        with HeldInterrupt():
+            for request_id in self._mine:
+                llm.engine.abort(request_id)
+                del llm._active[request_id]
+            if self._mine and llm._untold:  # an id may come again, and must not get these
+                llm._untold = deque(o for o in llm._untold if o.request_id not in self._mine)
+            self._mine.clear()
         llm.last_run = self._meter.read(llm.engine.stats())
+
+
+def _is_local(name: str) -> bool:
+    return name == EMBEDDED_MODEL or os.path.lexists(os.path.expanduser(name))
 
 
 def _sampling_of(defaults: GenerationDefaults) -> SamplingParams:

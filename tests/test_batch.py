@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from moe_serve.batch import BatchReport, run_batch
 from moe_serve.config import EngineConfig
-from moe_serve.errors import ConfigError
+from moe_serve.errors import ConfigError, MoeServeError
 from moe_serve.llm import LLM
 from moe_serve.models.hf_config import GenerationDefaults
 from moe_serve.text.chat_template import ChatTemplate
@@ -65,6 +67,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     answers = [json.loads(text) for text in path.read_text().splitlines()]
     for answer in answers:
         answer["response"]["body"].pop("created", None)
+        assert re.fullmatch(r"batch_req_\d+(_[0-9a-f]{8}){3}", answer.pop("id"))
     return answers
 
 
@@ -81,7 +84,6 @@ def test_form_of_an_answer(tmp_path: Path) -> None:
     assert report == BatchReport(num_lines=2, num_resumed=0, num_failed=0)
     first, second = read(tmp_path / "out.jsonl")
     assert first == {
-        "id": "batch_req_0",
         "custom_id": "a",
         "response": {
             "status_code": 200,
@@ -115,13 +117,17 @@ def test_order_is_the_inputs_and_the_window_is_bounded(tmp_path: Path) -> None:
 
 
 BAD_LINES: tuple[tuple[Any, str | None, str], ...] = (
-    ("{not json", None, "not JSON"),
-    ("[1, 2]", None, "not a JSON object"),
-    ({"method": "POST", "url": "/v1/completions", "body": {}}, None, "custom_id is missing"),
+    ("{not json", None, "line 3: not JSON: Expecting property name"),
+    ("[1, 2]", None, "line 4: not a JSON object"),
+    (
+        {"method": "POST", "url": "/v1/completions", "body": {}},
+        None,
+        "line 5: the field custom_id is missing",
+    ),
     ({"custom_id": "x", "url": "/v1/completions", "body": {}}, "x", "method is missing"),
     ({"custom_id": "x", "method": "POST", "body": {}}, "x", "url is missing"),
     ({"custom_id": "x", "method": "POST", "url": "/v1/completions"}, "x", "body is missing"),
-    (line(7), None, "custom_id is 7"),
+    (line(7), None, "line 9: custom_id is 7"),
     ({**line("x"), "method": "GET"}, "x", "method is 'GET'"),
     ({**line("x"), "priority": 1}, "x", "'priority' is unknown"),
     ({**line("x"), "body": [1]}, "x", "body must be an object"),
@@ -130,6 +136,14 @@ BAD_LINES: tuple[tuple[Any, str | None, str], ...] = (
     (line("x", prompt="a", temperature=-1), "x", "temperature is -1"),
     (line("x", prompt=""), "x", "prompt is empty"),
     (line("x", prompt=[9999]), "x", "9999"),
+    (line("x", prompt="a", temperature=10**400), "x", "temperature is 1000"),
+    (line("x", prompt="a", top_p=10**400), "x", "top_p is 1000"),
+    (line("x", prompt="a", seed=10**400), "x", "seed is 1000"),
+    (line("x", prompt="a", priority=10**400), "x", "priority is"),
+    (line("x", prompt="a", logit_bias={"5": 10**400}), "x", "logit_bias[5] is 1000"),
+    (line("x", prompt="a", logit_bias={"9" * 5000: 1}), "x", "names are token ids"),
+    (line("x", prompt="a", bad_words=["\ud800"]), "x", "bad_words has a lone surrogate"),
+    (line("x", prompt="a", cache_salt="\ud800"), "x", "cache_salt has a lone surrogate"),
     (line("x", prompt="word " * 300), "x", "256"),
     (line("first"), "first", "is there twice"),
 )  # fmt: skip
@@ -137,7 +151,7 @@ BAD_LINES: tuple[tuple[Any, str | None, str], ...] = (
 
 def test_bad_lines_are_answered_and_stop_nothing(tmp_path: Path) -> None:
     bad = [{**b[0], "custom_id": f"x{i}"} if b[1] == "x" else b[0] for i, b in enumerate(BAD_LINES)]
-    source = write(tmp_path / "in.jsonl", [line("first"), *bad, "", line("last")])
+    source = write(tmp_path / "in.jsonl", [line("first"), "", *bad, line("last")])
     report = run_batch(make(), source, tmp_path / "out.jsonl")
     assert report == BatchReport(len(bad) + 2, 0, len(bad))
     answers = read(tmp_path / "out.jsonl")
@@ -233,12 +247,22 @@ def test_a_duplicate_is_seen_across_a_resume(tmp_path: Path) -> None:
 
 def test_an_output_of_another_input_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
+    seeded = EngineConfig.from_options({"seed": 7})
     run_batch(make(), write(tmp_path / "in.jsonl", [line("a"), line("b")]), target)
     before = target.read_bytes()
     other = write(tmp_path / "other.jsonl", [line("a"), line("c"), line("d")])
     with pytest.raises(ConfigError, match=r"custom_id 'b', but .* has 'c' there"):
         run_batch(make(), other, target)
     shorter = write(tmp_path / "shorter.jsonl", [line("a")])
+    changed = write(tmp_path / "changed.jsonl", ["", line("a"), "", line("b", prompt="Ho")])
+    with pytest.raises(ConfigError, match=r"answer 2: .*changed\.jsonl:4 has changed"):
+        run_batch(make(), changed, target)
+    with pytest.raises(ConfigError, match=r"answer 1 .*in\.jsonl:1\) was given with another model"):
+        run_batch(make(FakeEngine(seeded)), tmp_path / "in.jsonl", target)
+    engine = FakeEngine()
+    engine.numerics_id = "other"
+    with pytest.raises(ConfigError, match="other kernels"):
+        run_batch(make(engine), tmp_path / "in.jsonl", target)
     with pytest.raises(ConfigError, match="2 answers for the 1 lines"):
         run_batch(make(), shorter, target)
     assert target.read_bytes() == before
@@ -273,6 +297,49 @@ def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="another run is writing it"):
             run_batch(make(), source, target)
     assert run_batch(make(), source, target).num_lines == 1
+
+
+def test_a_fault_of_ours_is_one_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = make()
+    prepare = llm.prepare
+
+    def broken(prompt: Any, *args: Any, **named: Any) -> Any:
+        if prompt == {"prompt": "two"}:
+            raise OverflowError("int too large")
+        return prepare(prompt, *args, **named)
+
+    monkeypatch.setattr(llm, "prepare", broken)
+    source = write(tmp_path / "in.jsonl", [line("a"), line("b", prompt="two"), line("c")])
+    assert run_batch(llm, source, tmp_path / "out.jsonl").num_failed == 1
+    answers = [answer["response"] for answer in read(tmp_path / "out.jsonl")]
+    assert [answer["status_code"] for answer in answers] == [200, 500, 200]
+    assert "OverflowError: int too large" in answers[1]["body"]["error"]["message"]
+    assert "in.jsonl:2" in caplog.text
+
+
+def test_another_models_name_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["demo-moe", "gpt-4", "gpt-5"]
+    lines = [line(name, prompt="Hi", model=name) for name in names]
+    run_batch(make(), write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
+    (record,) = caplog.records
+    assert "in.jsonl:2 asks for model 'gpt-4'" in record.getMessage()
+
+
+def test_a_full_disk_names_the_output(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [line("a")])
+    target = tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(MoeServeError, match=r"out\.jsonl: cannot be written \(File too large"):
+            run_batch(make(), source, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run_batch(make(), source, target) == BatchReport(1, 0, 0)  # the torn line is cut
+    with pytest.raises(ConfigError, match="not a regular file"):
+        run_batch(make(), source, Path("/dev/null"))
 
 
 @pytest.mark.parametrize(("engine", "count", "longest"), [("fake", 150, 40), ("real", 80, 8)])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import moe_serve
 import moe_serve.llm
 from moe_serve import cli
 from moe_serve.config import EngineConfig
@@ -43,7 +46,7 @@ FLAGS = {
     "generate": ENGINE_FLAGS
     | SAMPLING_FLAGS
     | {"--prompts", "--limit", "--chat-template", "--json"},
-    "chat": ENGINE_FLAGS | SAMPLING_FLAGS | {"--chat-template"},
+    "chat": ENGINE_FLAGS | SAMPLING_FLAGS - {"--n", "--logprobs"} | {"--chat-template"},
     "batch": ENGINE_FLAGS | {"--chat-template"},
     "bench latency": ENGINE_FLAGS | BENCH_FLAGS | {"--batch-size"},
     "bench throughput": ENGINE_FLAGS | BENCH_FLAGS | {"--num-prompts"},
@@ -94,6 +97,22 @@ def test_flags_are_these(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = capsys.readouterr().out.replace(" / ", "\n  ").splitlines()
     shown = {line.split()[0] for line in words if line.startswith("  --")}
     assert shown == FLAGS[verb]
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert re.fullmatch(r"moe-serve \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert (
+        moe_serve.__version__
+        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    )
+
+
+def test_sampling_flags_show_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["generate", "--help"])
+    shown = capsys.readouterr().out
+    assert all("[default: " in text for _, _, text in cli.SAMPLING_FLAGS)
+    assert shown.count("[default:") >= len(cli.SAMPLING_FLAGS)
 
 
 def test_verbs_are_these(capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,6 +316,71 @@ def test_a_run_that_is_cut_short_is_quiet(how: str, code: int) -> None:
     assert error == b""
 
 
+@pytest.mark.parametrize(
+    ("redirect", "code", "says"),
+    [
+        ("generate hi >&-", 2, "stdout is closed"),
+        ("--help >/dev/full", 1, "stdout cannot be written: No space left"),
+        ("chat <&-", 2, "stdin is closed"),
+        ("generate <&-", 2, "no prompt"),
+        ("generate x --block-size 0 2>&-", 2, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(redirect: str, code: int, says: str) -> None:
+    if "/dev/full" in redirect and not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m moe_serve {redirect}', sys.executable],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert says in done.stderr
+    assert done.stderr.count("\n") == bool(says)
+
+
+def test_an_interrupt_while_imports_run_is_quiet() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "import moe_serve.cli\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_stdin_that_is_not_utf8(
+    engines: list[FakeEngine], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for verb in ("generate", "chat"):
+        stdin = io.TextIOWrapper(io.BytesIO(b"Hi \xff\n"), encoding="ascii", errors="ignore")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert cli.run([verb]) == 2
+        assert "stdin is not UTF-8: byte 0xff" in capsys.readouterr().err
+
+
+def test_what_has_no_effect_is_told(
+    engines: list[FakeEngine],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    flags = ["--max-tokens", "1", "--logprobs", "1", "--revision", "main"]
+    assert cli.run(["generate", "--prompts", str(tmp_path / "p.jsonl"), *flags]) == 0
+    error = capsys.readouterr().err
+    assert error.count("has no chat template: it continues the text") == 1
+    assert "--logprobs shows nothing without --json" in error
+    assert "revision main has no effect: demo-moe is no name of the hub" in caplog.text
+
+
 def test_chat_keeps_the_conversation(
     engines: list[FakeEngine],
     capsys: pytest.CaptureFixture[str],
@@ -411,12 +495,21 @@ def test_batch_reports_what_it_did(
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
     (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\nnot json\n")
     files = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
-    for num_resumed, num_failed in ((0, 1), (2, 0)):
+    for says in (
+        "0 were there before, 1 are to lines that failed",
+        "was complete: 2 answers, 1 of",
+    ):
         assert cli.run(["batch", *files]) == 0
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert f": {num_resumed} were there, {num_failed} of the new ones" in captured.err
-        assert "requests/s" in captured.err
+        assert says in captured.err
+        assert ("requests/s" in captured.err) == ("before" in says)
+    assert len(engines) == 1  # what was complete needs no model
+    assert cli.run(["batch", *files, "--seed", "5"]) == 2
+    assert "another model, revision" in capsys.readouterr().err
+    for dash in (["-", files[1]], [files[0], "-"]):
+        assert cli.run(["batch", *dash]) == 2
+        assert "- is no file" in capsys.readouterr().err
     answers = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [answer["response"]["status_code"] for answer in answers] == [200, 400]
     assert cli.run(["batch", str(tmp_path / "none.jsonl"), files[1]]) == 2

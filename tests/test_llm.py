@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moe_serve.models.hf_config import GenerationDefaults
 from moe_serve.text.chat_template import ChatTemplate
 from moe_serve.text.request_output import RequestState
 from moe_serve.text.tokenizer import load_tokenizer
-from moe_serve.types import Request, SamplingParams
+from moe_serve.types import Request, SamplingParams, StepOutput
 from tests.bad_requests import BAD_PROMPTS
 from tests.fake_engine import FakeEngine
 from tests.models.bad_checkpoints import write_checkpoint
@@ -335,7 +336,14 @@ def test_figures_of_a_run(engine: FakeEngine) -> None:
     assert (run.model_bytes, run.kv_bytes) == (2**20, 2**21)
     assert run.peak_rss_bytes > 2**24
     assert all(o.metrics.e2e_s is not None for o in outputs)
-    for part in ("first token", "per token", "tokens/s", "requests/s", "model 1.0 MiB", "KV 2.0"):
+    for part in (
+        "first token",
+        "per token",
+        "tokens/s",
+        "requests/s",
+        "model 1.0 MiB",
+        "KV reserved 2",
+    ):
         assert part in run.line()
     llm.generate([5], SamplingParams(max_tokens=1))
     assert "per token - |" in llm.last_run.line()  # one token has no time between tokens
@@ -466,3 +474,38 @@ def test_an_interrupted_step_of_the_model_is_run_again(
             embedded.generate(["There was a dog", "One day"], params)
     assert [output.outputs[0] for output in stream][-1] == whole
     assert not embedded.engine.has_unfinished
+
+
+def test_an_interrupt_within_a_step_leaves_the_engine_whole(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make(engine)
+    step = engine.step
+
+    def interrupted() -> list[StepOutput]:
+        signal.raise_signal(signal.SIGINT)
+        done.append(0)
+        return step()
+
+    done: list[int] = []
+    monkeypatch.setattr(engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a"])
+    assert done == [0]  # the step went to its end
+    monkeypatch.undo()
+    assert not engine.has_unfinished
+    assert llm.generate(["a"])[0].finished
+
+
+def test_end_tokens_beyond_the_vocabulary_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    for eos_token_ids in (frozenset({5, 7000}), frozenset({6144, 7000})):
+        LLM.from_parts(FakeEngine(), None, GenerationDefaults(eos_token_ids=eos_token_ids))
+    (record,) = caplog.records
+    assert "(6144, 7000) is in its vocabulary of 6144" in record.getMessage()
+
+
+def test_a_run_that_served_nothing_has_no_rates(engine: FakeEngine) -> None:
+    llm = make(engine)
+    assert llm.generate([]) == []
+    assert llm.last_run is not None
+    assert llm.last_run.line().startswith("model 1.0 MiB | KV reserved 2.0 MiB | peak memory")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         self._max_output_chars = max_output_chars
         self._max_render_s = max_render_s
+        self.source = source
         self._template = self._compiled(source)
 
     @staticmethod
@@ -157,6 +159,8 @@ def _compiled(
 
 def _read(path: Path, error_type: Callable[[str], Exception]) -> str:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise error_type(f"{path}: not a regular file")
         with path.open(encoding="utf-8") as file:
             return file.read(MAX_TEMPLATE_CHARS + 1)  # one more, so that its size is seen
     except OSError as error:

@@ -110,7 +110,8 @@ def _read_logit_bias(value: object) -> dict[int, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"logit_bias is {value!r:.80}; it must be an object of id: bias")
     for token in value:
-        if not (token.isascii() and token.isdecimal()):
+        # of more digits no token id, and Python reads no integer of thousands
+        if not (token.isascii() and token.isdecimal() and len(token) <= 10):
             raise RequestError(f"logit_bias has the name {token!r:.80}; names are token ids")
     return {int(token): bias for token, bias in value.items()}
 
@@ -121,6 +122,10 @@ def _read_prompt(kind: Kind, given: Mapping[str, Any], maker: RequestMaker) -> P
         raise RequestError(f"{name} is missing")
     value = given[name]
     if kind == "chat":
+        if maker.chat_template is None:
+            raise RequestError(
+                "the model has no chat template: pass --chat-template, or use /v1/completions"
+            )
         return maker.chat_prompt(value, cache_salt=given.get("cache_salt"))
     if isinstance(value, list) and value and not isinstance(value[0], int):
         if len(value) != 1:

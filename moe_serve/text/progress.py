@@ -59,7 +59,9 @@ def loading_bar(is_shown: bool | None = None) -> Iterator[Callable[[int, int], N
 
 
 def _is_wanted(is_shown: bool | None) -> bool:
-    return sys.stderr.isatty() if is_shown is None else is_shown
+    if is_shown is None:
+        return sys.stderr is not None and sys.stderr.isatty()  # None: it was closed at the start
+    return is_shown
 
 
 class _RichBar:

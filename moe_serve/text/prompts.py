@@ -125,13 +125,7 @@ class RequestMaker:
             raise RequestError(_no_tokenizer("a prompt as text"))
         if not text:
             raise RequestError("the prompt is empty; give some text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"prompt has a lone surrogate {text[error.start]!r} at character {error.start}; "
-                "it must be valid Unicode"
-            ) from error
+        _check_unicode("prompt", text)
         # no prompt of the context's length needs more characters than this: refused before work
         limit = 256 * self.max_model_len
         if len(text) > limit:
@@ -186,6 +180,7 @@ class RequestMaker:
     def _spellings(self, word: str) -> tuple[tuple[int, ...], ...]:
         """Return the token sequences of a word at the start of a text and after a space."""
         assert self.tokenizer is not None
+        _check_unicode("bad_words", word)
         spellings = (
             self.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")
         )
@@ -196,6 +191,18 @@ def _check_salt(prompt: Mapping[str, Any]) -> None:
     salt = prompt.get("cache_salt", "-")
     if not isinstance(salt, str) or not salt:
         raise RequestError(f"cache_salt is {salt!r:.80}; it must be text that is not empty")
+    _check_unicode("cache_salt", salt)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """Refuse half a surrogate pair, which JSON and a command line can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} has a lone surrogate {text[error.start]!r} at character {error.start}; "
+            "it must be valid Unicode"
+        ) from error
 
 
 def read_messages(messages: object) -> list[dict[str, Any]]:

@@ -48,16 +48,21 @@ class RunMetrics:
         return asdict(self)
 
     def line(self) -> str:
-        """Return all of it in one line."""
+        """Return all of it in one line; of a run that served nothing, only the memory."""
+        memory = (
+            f"model {_mib(self.model_bytes)}",
+            f"KV reserved {_mib(self.kv_bytes)}",
+            f"peak memory {_mib(self.peak_rss_bytes)}",
+        )
+        if not self.requests_s:
+            return " | ".join(memory)
         return " | ".join(
             (
                 f"first token {_milliseconds(self.ttft_s)}",
                 f"per token {_milliseconds(self.tpot_s)}",
                 f"{self.output_tok_s:.1f} tokens/s",
                 f"{self.requests_s:.2f} requests/s",
-                f"model {_mib(self.model_bytes)}",
-                f"KV {_mib(self.kv_bytes)}",
-                f"peak memory {_mib(self.peak_rss_bytes)}",
+                *memory,
             )
         )
 

@@ -177,6 +177,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Read the tokenizer in `folder`; None if there is none. A broken one is a CheckpointError."""
     settings = _read_settings(folder)
     path = folder / TOKENIZER_FILE
+    for name in (TOKENIZER_FILE, *OTHER_FILES):
+        # reading a pipe would wait for ever; a link that leads nowhere is told of below
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: not a regular file")
     if os.path.lexists(path):
         try:
             return Tokenizer(FastBackend(tokenizers.Tokenizer.from_file(str(path))), settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -186,3 +187,11 @@ def test_no_template_and_no_default(tmp_path: Path) -> None:
 def test_a_named_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_chat_template(tmp_path / "none.jinja")
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_chat_template(tmp_path / "chat_template.jinja")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_chat_template(tmp_path)

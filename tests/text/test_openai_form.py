@@ -135,3 +135,9 @@ def test_chat_object() -> None:
     first = choice["logprobs"]["content"][0]
     assert (first["token"], first["bytes"], first["logprob"]) == ("H", [72], -0.1)
     assert [entry["token"] for entry in first["top_logprobs"]] == ["H", "i"]
+
+
+def test_a_chat_without_a_template_says_what_to_do() -> None:
+    plain = RequestMaker(vocab_size=6144, max_model_len=256, tokenizer=TOKENIZER)
+    with pytest.raises(RequestError, match=r"pass --chat-template, or use /v1/completions"):
+        read_body(CHAT, {"messages": HI}, plain, DEFAULTS)

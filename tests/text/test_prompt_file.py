@@ -22,8 +22,10 @@ def test_forms_limits_and_blank_lines(tmp_path: Path) -> None:
     entries: list[dict[str, Any]] = [{"prompt": "a", "id": 1}, {"prompt_token_ids": [1]}]
     path = tmp_path / "p.jsonl"
     path.write_text("\n\n".join(map(json.dumps, entries)))
-    assert read_prompt_file(path) == entries
-    assert read_prompt_file(path, 1) == entries[:1]
+    read = read_prompt_file(path)
+    assert [line.entry for line in read] == entries
+    assert [line.where for line in read] == [f"{path}:1", f"{path}:3"]
+    assert read_prompt_file(path, 1) == read[:1]
     assert [prompt_of(entry, PLAIN) for entry in entries] == [
         {"prompt": "a"},
         {"prompt_token_ids": [1]},
@@ -34,22 +36,31 @@ def test_forms_limits_and_blank_lines(tmp_path: Path) -> None:
     ("text", "error", "says"),
     [
         ("", ConfigError, "has no prompts"),
-        ('{"prompt": "a"}\n{"prompt"', RequestError, r"p\.jsonl:2: not JSON"),
+        ('{"prompt": "a"}\n{"prompt"', RequestError, r"p\.jsonl:2: not JSON: .* at column 10"),
+        ('\n{"prompt": ""}', RequestError, r"p\.jsonl:2: prompt is empty"),
+        ('{"prompt_token_ids": []}', RequestError, r"p\.jsonl:1: prompt_token_ids is empty"),
+        (
+            '{"prompts": "a"}',
+            RequestError,
+            r"p\.jsonl:1: no field 'prompts'; did you mean 'prompt'",
+        ),
+        ('{"prompt": "a", "max_tokens": 3}', RequestError, "'max_tokens' has no effect"),
+        ('\n{"prompt": "\xff"}', RequestError, r"p\.jsonl:2: not JSON: not UTF-8 at byte 12"),
         ("[1]", RequestError, r"p\.jsonl:1: not a JSON object"),
         ('{"text": "a"}', RequestError, "it has none"),
         ('{"prompt": "a", "messages": []}', RequestError, "it has prompt and messages"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, error: type[Exception], says: str) -> None:
-    (tmp_path / "p.jsonl").write_text(text)
+    (tmp_path / "p.jsonl").write_text(text, encoding="latin-1")
     with pytest.raises(error, match=says):
         read_prompt_file(tmp_path / "p.jsonl")
 
 
 def test_the_files_of_shared_data_are_read(shared_data: Path) -> None:
     for name in ("gsm8k_test", "humaneval", "mt_bench"):
-        for entry in read_prompt_file(shared_data / "prompts" / f"{name}.jsonl", 20):
-            prompt = prompt_of(entry, PLAIN)
+        for line in read_prompt_file(shared_data / "prompts" / f"{name}.jsonl", 20):
+            prompt = prompt_of(line.entry, PLAIN)
             assert isinstance(prompt, dict)
             assert prompt.get("prompt")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,10 @@ def test_vocab_and_merges_are_read_through_transformers(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("Once upon a time")) == "Once upon a time"
     assert tokenizer.eos_id == 0
     assert tokenizer.decoder_kind == "byte_level"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_pipe_is_not_read(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_tokenizer(tmp_path)
