@@ -1,11 +1,16 @@
 """The same work on this project and on others, in turn, as ratios.
 
-    python -m benchmarks.peers [--systems moe_serve,transformers] [--jobs 1x128/64,...] [--save]
+    python -m benchmarks.peers [--systems moe_serve,vllm] [--jobs 1x128/64,...] [--save]
 
-Hypothesis: on plain torch this project does not lose to transformers (experts eager) at one request
-or at sixteen, decoding or reading prompts. Greedy, bf16, end of text ignored; every round has new
-prompts. Figures of one run are to be compared with each other, not with another day's. --save also
-keeps the figures in benchmarks/results.
+Hypothesis: on its native kernels this project is faster than vLLM's CPU build, llama.cpp and
+transformers, at one request and at many, decoding and reading prompts. Greedy, bf16, end of text
+ignored; every round has new prompts. Figures of one run are to be compared with each other, not
+with another day's.
+
+Before the figures a line per peer says whether it computes the same model: with random weights
+greedy outputs part sooner or later, but not at once. A peer that is not installed is left out;
+`benchmarks.peers.install` makes environments for those that need one, in the same --cache. --save
+also keeps the figures in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -17,7 +22,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.peers.agreement import CHECK, leading_agreement
 from benchmarks.peers.driver import Measurement, NotInstalled, Worker, measure
+from benchmarks.peers.environments import interpreter
 from benchmarks.peers.jobs import Job
 from benchmarks.peers.limit import MachineSpeed, least_seconds, measure_speed
 from benchmarks.peers.shape import SHAPES, Shape, cache_folder, checkpoint
@@ -73,12 +80,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     known = plugin.names(SYSTEMS)
     parser.add_argument("--systems", default=",".join(known), help=f"some of: {', '.join(known)}")
     parser.add_argument(
-        "--jobs", default="1x128/64,16x128/64,16x512/16", help="REQUESTSxIN/OUT,..."
+        "--jobs", default="1x128/64,16x128/64,64x128/64,16x512/16", help="REQUESTSxIN/OUT,..."
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="baseline")
     parser.add_argument("--threads", type=int, help="CPU threads; default: each system's choice")
-    parser.add_argument("--cache", type=Path, help="where the checkpoint is kept between runs")
+    parser.add_argument(
+        "--cache", type=Path, help="where the checkpoint and the environments of peers are kept"
+    )
     parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     arguments = parser.parse_args(argv)
     try:
@@ -98,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; the status is 1 when no system could be measured."""
     arguments = parse_arguments(argv)
     shape = SHAPES[arguments.shape]
-    model = checkpoint(shape, arguments.cache or cache_folder())
+    cache = arguments.cache or cache_folder()
+    model = checkpoint(shape, cache)
     speed = measure_speed()
     print(
         f"machine: reads {speed.read_bytes_per_s / 1e9:.1f} GB/s, "
@@ -107,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         workers = []
         for system in arguments.systems:
-            worker = Worker(system, model, shape.vocab_size, arguments.threads)
+            worker = Worker(
+                system, interpreter(system, cache), model, shape.vocab_size, arguments.threads
+            )
             try:
                 stack.enter_context(worker)
             except NotInstalled as error:
@@ -118,6 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not workers:
             return 1
         numerics_id = next((w.numerics_id for w in workers if w.system == OURS), None)
+        for system, counts in leading_agreement(workers, OURS).items():
+            print(
+                f"{system}: {sum(map(bool, counts))} of {CHECK.num_requests} greedy outputs begin "
+                f"as ours; {statistics.mean(counts):.1f} of {CHECK.output_tokens} tokens are equal "
+                "before the first that is not (mean)"
+            )
         rows = rows_of(measure(workers, arguments.jobs, arguments.rounds), shape, speed)
     print_table(rows)
     if arguments.save:

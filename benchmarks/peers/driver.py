@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,32 @@ class NotInstalled(Exception):
     """The system's packages are not there."""
 
 
-class Worker:
-    """A system's process, from its start until the end of the `with` block."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a system made of a job. token_ids: of each request, the prompt left out."""
 
-    def __init__(self, system: str, model: Path, vocab_size: int, threads: int | None) -> None:
+    seconds: float
+    token_ids: list[list[int]]
+
+
+class Worker:
+    """A system's process, from its start until the end of the `with` block.
+
+    python: the interpreter that has the system's packages.
+    """
+
+    def __init__(
+        self, system: str, python: Path, model: Path, vocab_size: int, threads: int | None
+    ) -> None:
         self.system = system
         arguments = (system, str(model), str(vocab_size), str(threads or 0))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers.worker", *arguments],
+            [str(python), "-m", "benchmarks.peers.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
             text=True,
+            process_group=0,  # to end what it started with it
         )
         self.version = ""
         self.numerics_id: str | None = None
@@ -60,12 +75,13 @@ class Worker:
     ) -> None:
         self._stop()
 
-    def run(self, job: Job, round_index: int) -> float:
-        """Return the seconds that the job took. Raises RuntimeError if the worker failed."""
+    def run(self, job: Job, round_index: int) -> Answer:
+        """Do the job on the prompts of a round. Raises RuntimeError if the worker failed."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"job": str(job), "round": round_index}) + "\n")
         self._process.stdin.flush()
-        return float(self._read()["seconds"])
+        message = self._read()
+        return Answer(message["seconds"], message["token_ids"])
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -84,7 +100,7 @@ class Worker:
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._process.stdout.close()
 
@@ -120,5 +136,5 @@ def measure(workers: Sequence[Worker], jobs: Sequence[Job], rounds: int) -> list
     for round_index in range(rounds):
         for job in jobs:
             for worker in workers:
-                seconds[job, worker.system].append(worker.run(job, round_index))
+                seconds[job, worker.system].append(worker.run(job, round_index).seconds)
     return [Measurement(system, job, tuple(s)) for (job, system), s in seconds.items()]

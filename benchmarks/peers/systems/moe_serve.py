@@ -19,14 +19,14 @@ class MoeServe:
         self._llm = LLM(model=str(model), threads=threads)
         self.numerics_id: str | None = self._llm.engine.numerics_id
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[list[int]]:
         sampling = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
             sampling,
             use_tqdm=False,
         )
-        return [len(output.outputs[0].token_ids) for output in outputs]
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def build(model: Path, threads: int | None) -> System:

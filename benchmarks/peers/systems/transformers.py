@@ -25,7 +25,7 @@ class Transformers:
             model, dtype=torch.bfloat16, experts_implementation="eager"
         ).eval()
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[int]:
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[list[int]]:
         prompt_ids = torch.tensor([list(prompt) for prompt in prompts])
         with torch.inference_mode():
             ids = self._model.generate(
@@ -37,7 +37,8 @@ class Transformers:
                 eos_token_id=None,
                 pad_token_id=0,
             )
-        return [ids.shape[1] - prompt_ids.shape[1]] * len(prompts)
+        outputs: list[list[int]] = ids[:, prompt_ids.shape[1] :].tolist()
+        return outputs
 
 
 def build(model: Path, threads: int | None) -> System:
