@@ -5,6 +5,8 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
+LIBRARY := moe_serve/kernels/_cpu*.so
+NATIVE := $(wildcard moe_serve/kernels/native/*.cpp moe_serve/kernels/native/*.h)
 
 .PHONY: help install check test bench build demo clean
 
@@ -13,10 +15,12 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "$(PYTHON) is Python %d.%d; moe-serve needs 3.11 or newer: make PYTHON=python3.12 install" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	rm -f $(LIBRARY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@ls $(LIBRARY) >/dev/null 2>&1 || echo "make: no native kernels, the slow ones will run; $(BIN)/pip install -v -e . shows why"
 	@touch $@
 
 check: install
@@ -40,4 +44,4 @@ demo: install
 	$(BIN)/moe-serve generate "Once upon a time, there was a little girl named Lily." --max-tokens 160
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist *.egg-info $(LIBRARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

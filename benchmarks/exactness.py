@@ -6,6 +6,7 @@ base's, token by token and logprob by logprob, as exact floats.
 
     python -m benchmarks.exactness --prompts ../shared/data/prompts [--save] # all of it
     python -m benchmarks.exactness --prompts ... --num-prompts 12 --random 3 # a short one
+    python -m benchmarks.exactness --prompts ... --kernels cpu --isa plain   # other kernels
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ FACTORS = (
     Case("blocks of 64", {"block_size": 64}),
     Case("prefix cache", {"enable_prefix_caching": True, "max_num_seqs": 4}),
     Case("1 thread", threads=1),
+    Case("3 threads", threads=3),
+    Case("layer by layer", {"fused": False}),
 )
 # admitted without room to grow, running sequences push each other out
 PREEMPTION = Case("preemption", {"admission_horizon": 0, "block_size": 4}, num_resident=4)
@@ -100,20 +103,39 @@ def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
             "enable_prefix_caching": chance.random() < 0.5,
             "scheduling_policy": chance.choice(["fcfs", "decode_first", "shortest_prompt"]),
             "admission_horizon": chance.choice([0, 16]),
+            "fused": chance.random() < 0.7,
         }
         text = ", ".join(f"{name}={value}" for name, value in options.items())
         resident = chance.choice([None, 2, 5])
-        yield Case(f"random {number}: {text}", options, chance.choice([1, 2]), resident)
+        yield Case(f"random {number}: {text}", options, chance.choice([1, 2, 3]), resident)
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What may change bits: the model's dtype, and which kernels compute."""
+
+    dtype: str
+    kernels: str = "auto"
+    isa: str = "auto"
+
+    def __str__(self) -> str:
+        chosen = (self.kernels, self.isa)
+        return " ".join([self.dtype, *(part for part in chosen if part != "auto")])
 
 
 class Subject:
     """A model, its prompts, and the outputs they must have."""
 
     def __init__(
-        self, model: str, dtype: str, prompts: list[list[int]], max_tokens: int, load_format: str
+        self,
+        model: str,
+        numerics: Numerics,
+        prompts: list[list[int]],
+        max_tokens: int,
+        load_format: str,
     ) -> None:
         self.model = model
-        self.dtype = dtype
+        self.numerics = numerics
         self.load_format = load_format
         self.max_tokens = max_tokens
         # each prompt greedily and with noise, side by side in one batch
@@ -134,7 +156,7 @@ class Subject:
 
     def run(self, case: Case) -> Outcome:
         """Build an engine with the case's options and run all prompts through it."""
-        options = {**BASE.options, **case.options}
+        options = {**BASE.options, **asdict(self.numerics), **case.options}
         if case.num_resident is not None:
             longest = max(map(len, self.prompts)) + self.max_tokens
             block_size = options.get("block_size", 16)
@@ -142,7 +164,7 @@ class Subject:
         threads = torch.get_num_threads()
         torch.set_num_threads(case.threads)
         try:
-            llm = LLM(model=self.model, dtype=self.dtype, load_format=self.load_format, **options)
+            llm = LLM(model=self.model, load_format=self.load_format, **options)
             start = time.perf_counter()
             outputs = llm.generate(self.prompts, self.params, use_tqdm=False)
             seconds = time.perf_counter() - start
@@ -160,12 +182,12 @@ class Subject:
     def first(self, count: int) -> Subject:
         """Return the same with its first `count` prompts only."""
         prompts = self.prompts[: 2 * count : 2]
-        return Subject(self.model, self.dtype, prompts, self.max_tokens, self.load_format)
+        return Subject(self.model, self.numerics, prompts, self.max_tokens, self.load_format)
 
     def for_preemption(self, max_tokens: int = 64) -> Subject:
         """Return the same with short prompts and long outputs, which grow past any room."""
         prompts = [ids[-16:] for ids in self.prompts[::2]]
-        return Subject(self.model, self.dtype, prompts, max_tokens, self.load_format)
+        return Subject(self.model, self.numerics, prompts, max_tokens, self.load_format)
 
 
 def _exact(output: RequestOutput) -> tuple[Any, ...]:
@@ -195,7 +217,7 @@ def read_prompts(folder: Path, count: int) -> list[str]:
     return texts
 
 
-def embedded_subject(dtype: str, texts: Sequence[str], max_tokens: int) -> Subject:
+def embedded_subject(numerics: Numerics, texts: Sequence[str], max_tokens: int) -> Subject:
     """Return the embedded model with real prompts."""
     from moe_serve.hub import resolve_model
     from moe_serve.text.tokenizer import load_tokenizer
@@ -203,10 +225,10 @@ def embedded_subject(dtype: str, texts: Sequence[str], max_tokens: int) -> Subje
     tokenizer = load_tokenizer(resolve_model("demo-moe", None))
     assert tokenizer is not None
     prompts = [tokenizer.encode(INSTRUCTION + text)[:MAX_PROMPT] for text in texts]
-    return Subject("demo-moe", dtype, prompts, max_tokens, "safetensors")
+    return Subject("demo-moe", numerics, prompts, max_tokens, "safetensors")
 
 
-def wide_subject(dtype: str, folder: Path, num_prompts: int, max_tokens: int) -> Subject:
+def wide_subject(numerics: Numerics, folder: Path, num_prompts: int, max_tokens: int) -> Subject:
     """Return the wide dummy with random prompts that share a beginning; writes its config."""
     (folder / "config.json").write_text(json.dumps(WIDE))
     chance = random.Random(0)
@@ -215,7 +237,7 @@ def wide_subject(dtype: str, folder: Path, num_prompts: int, max_tokens: int) ->
         shared + [chance.randrange(2048) for _ in range(chance.randint(1, 90))]
         for _ in range(num_prompts)
     ]
-    return Subject(str(folder), dtype, prompts, max_tokens, "dummy")
+    return Subject(str(folder), numerics, prompts, max_tokens, "dummy")
 
 
 def main() -> int:
@@ -228,19 +250,22 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--random", type=int, default=30, help="random combinations")
     parser.add_argument("--random-prompts", type=int, default=20, help="prompts of each of those")
+    parser.add_argument("--kernels", default="auto", help="auto, cpu or reference")
+    parser.add_argument("--isa", default="auto", help="instruction set of the native kernels")
     parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     args = parser.parse_args()
     rows: list[Row] = []
     texts = read_prompts(args.prompts, args.num_prompts)
-    numerics = []
+    numerics_ids = []
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("float32", "bfloat16"):
+            numerics = Numerics(dtype, args.kernels, args.isa)
             for name, subject in (
-                ("embedded", embedded_subject(dtype, texts, args.max_tokens)),
-                ("wide", wide_subject(dtype, Path(folder), args.num_wide, args.max_tokens)),
+                ("embedded", embedded_subject(numerics, texts, args.max_tokens)),
+                ("wide", wide_subject(numerics, Path(folder), args.num_wide, args.max_tokens)),
             ):
-                rows += run_matrix(f"{name} {dtype}", subject, args.random, args.random_prompts)
-                numerics.append(subject.numerics_id)
+                rows += run_matrix(f"{name} {numerics}", subject, args.random, args.random_prompts)
+                numerics_ids.append(subject.numerics_id)
     num_wrong = sum(int(row.value) for row in rows if row.limit == 0)
     print(f"{num_wrong} outputs differ from their base")
     num_forced = fewest_forced(rows)
@@ -250,7 +275,7 @@ def main() -> int:
         print(f"that is too few to prove anything: a full run needs more than {MIN_PREEMPTIONS}")
     if args.save:
         command = recorded_command("benchmarks.exactness", sys.argv[1:])
-        numerics_id = ", ".join(dict.fromkeys(numerics))
+        numerics_id = ", ".join(dict.fromkeys(numerics_ids))
         print(write_results("exactness", rows, command=command, numerics_id=numerics_id))
     return 1 if num_wrong or not is_proof else 0
 

@@ -18,14 +18,15 @@ class Inbox:
     """What this rank must compute.
 
     rows: [num_received, hidden_size]. row_of_pair: int64 [num_pairs], the row of each (token,
-    expert) pair, pairs sorted by local expert; counts: pairs of each local expert. returns: "rows",
+    expert) pair, pairs sorted by local expert; counts: int64 [num_local_experts], pairs of each
+    local expert. returns: "rows",
     one result per pair, or "sums", one per row, already weighted by `weights` (float32 [num_pairs],
     else None).
     """
 
     rows: Tensor
     row_of_pair: Tensor
-    counts: list[int]
+    counts: Tensor
     weights: Tensor | None = None
     returns: Literal["rows", "sums"] = "rows"
 
@@ -48,10 +49,16 @@ class Dispatcher(Protocol):
         """Send each token, a row of `hidden` [num_tokens, hidden_size], to its experts."""
         ...
 
-    def combine(self, outbox: Tensor, receipt: Receipt, shared: Tensor | None) -> Tensor:
+    def combine(
+        self,
+        outbox: Tensor,
+        receipt: Receipt,
+        shared: Tensor | None = None,
+        shared_weights: Tensor | None = None,
+    ) -> Tensor:
         """Return each token's weighted sum, [num_tokens, hidden_size].
 
-        outbox: [num_pairs, hidden_size] in the inbox's order; shared: float32, the shared expert's
-        part, added last before the one rounding.
+        outbox: [num_pairs, hidden_size] in the inbox's order; shared, shared_weights: the shared
+        expert's rows and what they are weighed by, as in the `combine` kernel.
         """
         ...

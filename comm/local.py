@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from moe_serve.comm.base import Inbox, Receipt
@@ -14,25 +13,36 @@ from moe_serve.types import Routing
 class LocalDispatcher:
     """See `comm.base.Dispatcher`."""
 
-    def __init__(self, num_experts: int, combine: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        sort_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]],
+        combine: Callable[..., Tensor],
+    ) -> None:
         self.num_experts = num_experts
+        self._sort_pairs = sort_pairs
         self._combine = combine
 
     def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> tuple[Inbox, Receipt]:
-        expert_of_pair = routing.expert_ids.flatten()
-        # stable: within an expert, rows keep the order of the tokens
-        expert_of_pair, order = torch.sort(expert_of_pair, stable=True)  # [num_pairs]
-        counts = torch.bincount(expert_of_pair, minlength=self.num_experts).tolist()
-        pair_of_choice = torch.empty_like(order)
-        pair_of_choice[order] = torch.arange(order.shape[0], device=order.device)
-        top_k = routing.expert_ids.shape[1]
-        inbox = Inbox(hidden, order // top_k, counts)
-        return inbox, Receipt(pair_of_choice.view_as(routing.expert_ids), routing.weights)
+        counts, row_of_pair, pair_of_choice = self._sort_pairs(routing.expert_ids, self.num_experts)
+        return Inbox(hidden, row_of_pair, counts), Receipt(pair_of_choice, routing.weights)
 
-    def combine(self, outbox: Tensor, receipt: Receipt, shared: Tensor | None) -> Tensor:
-        return self._combine(outbox, receipt.pair_of_choice, receipt.weights, shared)
+    def combine(
+        self,
+        outbox: Tensor,
+        receipt: Receipt,
+        shared: Tensor | None = None,
+        shared_weights: Tensor | None = None,
+    ) -> Tensor:
+        return self._combine(
+            outbox, receipt.pair_of_choice, receipt.weights, shared, shared_weights
+        )
 
 
-def build(num_experts: int, combine: Callable[..., Tensor]) -> LocalDispatcher:
+def build(
+    num_experts: int,
+    sort_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]],
+    combine: Callable[..., Tensor],
+) -> LocalDispatcher:
     """Build the dispatcher for layers of `num_experts` experts, all in this process."""
-    return LocalDispatcher(num_experts, combine)
+    return LocalDispatcher(num_experts, sort_pairs, combine)

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from moe_serve.comm.base import Inbox
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """One layer's experts: gate_up [num_experts, 2 * intermediate_size, hidden_size], gate before
-    up; down [num_experts, hidden_size, intermediate_size]."""
-
-    gate_up: Tensor
-    down: Tensor
+from moe_serve.kernels.moe.base import ExpertTable
 
 
 class ResidentExperts:
-    """Every expert of every MoE layer, held in memory."""
+    """Every expert of every MoE layer, held in memory. layers: tables by layer."""
 
-    def __init__(self, moe: Callable[..., Tensor], layers: dict[int, ExpertWeights]) -> None:
+    def __init__(self, moe: Callable[..., Tensor], layers: dict[int, ExpertTable]) -> None:
         self._moe = moe
-        self._layers = layers
+        self.layers = layers
 
     def run(self, layer: int, inbox: Inbox) -> Tensor:
         """Return one row for each pair of the inbox, unweighted, [num_pairs, hidden_size]."""
-        weights = self._layers[layer]
-        return self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, weights.gate_up, weights.down)
+        return self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, self.layers[layer])

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moe_serve.openmp import wait_shortly
+
 if TYPE_CHECKING:
     from moe_serve.config import EngineConfig
     from moe_serve.llm import LLM
@@ -29,6 +31,7 @@ def __getattr__(name: str) -> Any:
         return _version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'moe_serve' has no attribute {name!r}")
+    wait_shortly()
     return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 

@@ -26,6 +26,7 @@ try:
     from moe_serve import plugin
     from moe_serve.config import EngineConfig, OptionField, option_fields, resolve_options
     from moe_serve.errors import CheckpointError, ConfigError, MoeServeError, RequestError
+    from moe_serve.openmp import wait_shortly
 except KeyboardInterrupt:  # before there is a command whose `run` could be quiet about it
     raise SystemExit(130) from None
 
@@ -73,6 +74,8 @@ SAMPLING_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ),
 )
 NOT_OF_CHAT = frozenset({"n", "logprobs"})
+# the engine's options that say what computes
+RUNTIME_FLAGS = ("kernels", "isa", "threads", "config")
 
 # of click, or of the copy inside typer
 _UsageFault: type[Exception] = next(
@@ -146,7 +149,7 @@ def _sampling_parameters(without: Container[str]) -> Iterator[inspect.Parameter]
 def _verb(
     group: typer.Typer, without: Container[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a verb; its parameters `engine` and `sampling` stand for all flags of their kind.
+    """Add a verb; its parameters `engine`, `runtime`, `sampling` stand for all flags of their kind.
 
     without: sampling flags that the verb has no use for.
     """
@@ -154,6 +157,7 @@ def _verb(
     def add(function: Callable[..., None]) -> Callable[..., None]:
         generated = {
             "engine": list(_engine_parameters()),
+            "runtime": [p for p in _engine_parameters() if p.name in RUNTIME_FLAGS],
             "sampling": list(_sampling_parameters(without)),
         }
         own = inspect.signature(function, eval_str=True).parameters
@@ -347,6 +351,19 @@ def throughput(
         num_iters=num_iters,
     )
     _print_bench(llm, rows, as_json)
+
+
+@_verb(app)
+def doctor(as_json: AsJson = False, *, runtime: dict[str, Any]) -> None:
+    """Say which kernels run here and why, and how fast memory is."""
+    from moe_serve.doctor import examine, lines_of  # imports torch
+
+    report = examine(_config(runtime).runtime)
+    if as_json:
+        _print_json(report)
+    else:
+        for line in lines_of(report):
+            print(printable(line))
 
 
 def _load(
@@ -601,4 +618,5 @@ def _report(error: Exception, is_debug: bool) -> int:
 
 def main() -> NoReturn:
     """The command `moe-serve`."""
+    wait_shortly()
     sys.exit(run(sys.argv[1:]))

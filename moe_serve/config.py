@@ -132,7 +132,22 @@ class RuntimeConfig:
     """What computes."""
 
     kernels: str = field(
-        default="auto", metadata={"help": "auto, reference.", "choices": ("auto", "reference")}
+        default="auto",
+        metadata={
+            "help": "cpu (native), reference (plain torch), or auto: the best there is.",
+            "choices": ("auto", "cpu", "reference"),
+        },
+    )
+    isa: str = field(
+        default="auto",
+        metadata={
+            "help": "Instruction set of the native kernels; see `moe-serve doctor`.",
+            "choices": ("auto", "avx512_bf16", "plain"),
+        },
+    )
+    fused: bool = field(
+        default=True,
+        metadata={"help": "A whole forward pass in one native call: the same bits, less Python."},
     )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; default: torch's choice."}

@@ -50,6 +50,7 @@ FLAGS = {
     "batch": ENGINE_FLAGS | {"--chat-template"},
     "bench latency": ENGINE_FLAGS | BENCH_FLAGS | {"--batch-size"},
     "bench throughput": ENGINE_FLAGS | BENCH_FLAGS | {"--num-prompts"},
+    "doctor": {"--json", "--kernels", "--isa", "--threads", "--config", "--debug", "--help"},
 }
 
 
@@ -122,6 +123,7 @@ def test_verbs_are_these(capsys: pytest.CaptureFixture[str]) -> None:
         "generate",
         "chat",
         "batch",
+        "doctor",
         "bench",
     ]
 

@@ -5,16 +5,20 @@ A short form of `python -m benchmarks.exactness`, which has the whole matrix.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import exactness
 from benchmarks.results import Row
+from tests.kernels.implementations import IMPLEMENTATIONS, NATIVE, kernels
 
-DTYPES = ("float32", "bfloat16")
-NUM_RANDOM = 3
-SEED = 8  # combinations that preempt and that find prefixes
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+NUM_RANDOM = 5
+SEED = 24  # combinations that preempt, that find prefixes, fused and not
+# what the other implementations are asked: the rest of the matrix is no matter of kernels
+SHORT = ("batch of 1", "chunk of 7", "3 threads", "layer by layer")
 
 
 def _check(subject: exactness.Subject) -> None:
@@ -33,7 +37,9 @@ def _check(subject: exactness.Subject) -> None:
     outcomes = {case.name: run(case) for case in exactness.FACTORS}
     assert outcomes["prefix cache"].prefix_hit_tokens > 0
     assert run(exactness.PREEMPTION).num_preemptions > 0
-    combined = [run(case) for case in exactness.random_cases(NUM_RANDOM, SEED)]
+    cases = list(exactness.random_cases(NUM_RANDOM, SEED))
+    assert {case.options["fused"] for case in cases} == {False, True}
+    combined = [run(case) for case in cases]
     assert sum(outcome.num_preemptions for outcome in combined) > 0
     assert sum(outcome.prefix_hit_tokens for outcome in combined) > 0
 
@@ -46,19 +52,38 @@ def test_too_few_forced_preemptions_are_seen() -> None:
     assert exactness.fewest_forced([other]) == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@DTYPES
 def test_embedded_model_with_real_prompts(shared_data: Path, dtype: str) -> None:
     texts = exactness.read_prompts(shared_data / "prompts", 10)
-    _check(exactness.embedded_subject(dtype, texts, max_tokens=6))
+    _check(exactness.embedded_subject(exactness.Numerics(dtype), texts, max_tokens=6))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@DTYPES
 def test_wide_dummy(tmp_path: Path, dtype: str) -> None:
-    _check(exactness.wide_subject(dtype, tmp_path, num_prompts=6, max_tokens=5))
+    numerics = exactness.Numerics(dtype)
+    _check(exactness.wide_subject(numerics, tmp_path, num_prompts=6, max_tokens=5))
+
+
+# the best one, which the tests above run, is the first native one
+@pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n not in NATIVE[:1]])
+@DTYPES
+def test_other_kernels(tmp_path: Path, name: str, dtype: str) -> None:
+    chosen = kernels(name)
+    numerics = exactness.Numerics(dtype, chosen.name, chosen.isa or "auto")
+    subject = exactness.wide_subject(numerics, tmp_path, 2, 3).for_preemption(max_tokens=3)
+    base = subject.run(replace(exactness.BASE, threads=1))
+    assert subject.numerics_id.startswith(chosen.numerics_id)
+    cases = [case for case in exactness.FACTORS if case.name in SHORT]
+    assert len(cases) == len(SHORT)
+    for case in cases:
+        threads = 3 if case.threads == 3 else 1
+        assert exactness.differing(subject.run(replace(case, threads=threads)), base) == [], case
 
 
 def test_a_wrong_bit_would_be_seen(tmp_path: Path) -> None:
-    subject = exactness.wide_subject("float32", tmp_path, num_prompts=2, max_tokens=4)
-    base = subject.run(exactness.BASE)
-    other = exactness.wide_subject("bfloat16", tmp_path, num_prompts=2, max_tokens=4)
+    one, other = (
+        exactness.wide_subject(exactness.Numerics(dtype), tmp_path, num_prompts=2, max_tokens=4)
+        for dtype in ("float32", "bfloat16")
+    )
+    base = one.run(exactness.BASE)
     assert exactness.differing(other.run(exactness.BASE), base) == [0, 1, 2, 3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("experts", "comm", "predictors", "launch")
 ENGINE_SIDE = (
     "engine", "models", "layers", "experts", "comm", "predictors", "kernels",
-    "types", "config", "errors", "plugin",
+    "types", "config", "errors", "plugin", "openmp",
 )  # fmt: skip
 ENGINE_SIDE_MAY_IMPORT = {"torch", "numpy", "safetensors", "msgspec"}
 PYTHON_FOLDERS = ("moe_serve", *LINKED, "tests", "benchmarks")
@@ -34,6 +35,11 @@ ENTRY_POINTS = {
     "moe_serve.comm": "build",
     "benchmarks.peers.systems": "build",
 }
+KERNELS = [
+    path
+    for path in sorted((ROOT / "moe_serve" / "kernels").iterdir())
+    if path.is_dir() and path.name not in ("native", "__pycache__")
+]
 
 
 def python_files(*folders: str) -> Iterator[Path]:
@@ -114,7 +120,7 @@ sys.meta_path.insert(0, Forbid())
 for name in engine_side:
     module = importlib.import_module(f"moe_serve.{name}")
     for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"moe_serve.{name}."):
-        if found.name.rpartition(".")[2] != "triton":
+        if found.name.rpartition(".")[2] not in ("triton", "_cpu"):  # _cpu is no module of Python's
             importlib.import_module(found.name)
 for name in sys.argv[3:]:
     importlib.import_module(name)
@@ -178,7 +184,16 @@ def test_every_folder_with_a_base_is_known_as_one_of_alternatives() -> None:
         if path.name == "base.py"
     }
     named = {package.replace(".", "/") for package in (*ENTRY_POINTS, "moe_serve.models")}
-    assert folders == {relative((ROOT / name).resolve()) for name in named}
+    of_kernels = {folder for folder in folders if folder.startswith("moe_serve/kernels/")}
+    assert folders - of_kernels == {relative((ROOT / name).resolve()) for name in named}
+
+
+@pytest.mark.parametrize("folder", KERNELS, ids=lambda folder: folder.name)
+def test_every_kernel_has_its_implementations(folder: Path) -> None:
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "base"}
+    # what a fused forward pass must equal is models/decoder.py
+    assert names == ({"cpu"} if folder.name == "forward" else {"reference", "cpu"})
+    assert (ROOT / "tests" / "kernels" / f"test_{folder.name}.py").is_file()
 
 
 @pytest.mark.parametrize("package", ENTRY_POINTS)
@@ -186,9 +201,14 @@ def test_every_alternative_has_its_entry_point(package: str) -> None:
     names = plugin.names(package)
     assert names
     for name in names:
-        module = importlib.import_module(f"{package}.{name}")
-        assert callable(getattr(module, ENTRY_POINTS[package], None)), f"{name} has no entry point"
-        assert module.__doc__, f"{name} does not say what it is"
+        # read, not imported: a peer needs packages that only its own environment has
+        spec = importlib.util.find_spec(f"{package}.{name}")
+        assert spec is not None
+        assert spec.origin is not None
+        tree = ast.parse(Path(spec.origin).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert ENTRY_POINTS[package] in functions, f"{name} has no entry point"
+        assert ast.get_docstring(tree), f"{name} does not say what it is"
 
 
 @pytest.mark.parametrize("model_type", registry.model_types())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_serve.llm import LLM
 from moe_serve.types import SamplingParams
+from tests.kernels.implementations import EACH, IMPLEMENTATIONS, kernels
 
 STORY_TOKENS = 250
 BOS = 1
@@ -26,7 +28,14 @@ def _greedy(
     return [output.outputs[0].token_ids for output in outputs]
 
 
+def _options(name: str) -> dict[str, Any]:
+    """Return the options that choose an implementation of the kernels."""
+    chosen = kernels(name)
+    return {"kernels": chosen.name, "isa": chosen.isa or "auto"}
+
+
 def test_stories260k_tells_transformers_story(shared_data: Path) -> None:
+    """In every implementation: they share transformers' story."""
     from transformers import AutoModelForCausalLM
 
     folder = shared_data / "models" / "stories260k"
@@ -40,25 +49,27 @@ def test_stories260k_tells_transformers_story(shared_data: Path) -> None:
             min_new_tokens=STORY_TOKENS,
             max_new_tokens=STORY_TOKENS,
         )
-    llm = LLM(model=str(folder))
-    (got,) = _greedy(llm, [[BOS]], STORY_TOKENS)
-    # a story ends with BOS, not EOS: both go on with a new one
-    assert list(got) == want[0, 1:].tolist()
-    text = llm.generate(
-        [[BOS]], SamplingParams(temperature=0.0, max_tokens=40), use_tqdm=False
-    )[0].outputs[0].text  # fmt: skip
+    for name in IMPLEMENTATIONS:
+        llm = LLM(model=str(folder), **_options(name))
+        (got,) = _greedy(llm, [[BOS]], STORY_TOKENS)
+        # a story ends with BOS, not EOS: both go on with a new one
+        assert list(got) == want[0, 1:].tolist(), name
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    text = llm.generate([[BOS]], params, use_tqdm=False)[0].outputs[0].text
     assert text.strip().startswith("Once upon a time, there was a little girl named Lily.")
 
 
+@EACH
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_identical_experts_are_the_dense_model(
-    shared_data: Path, tmp_path: Path, dtype: str
+    shared_data: Path, tmp_path: Path, name: str, dtype: str
 ) -> None:
     dense = shared_data / "models" / "stories260k"
     _copy_into_experts(dense, tmp_path, num_experts=8)
     prompts = list(OPENINGS)
-    want = _greedy(LLM(model=str(dense), dtype=dtype), prompts, 100)
-    sparse = LLM(model=str(tmp_path), dtype=dtype)
+    options = {"dtype": dtype, **_options(name)}
+    want = _greedy(LLM(model=str(dense), **options), prompts, 100)
+    sparse = LLM(model=str(tmp_path), **options)
     assert sparse.engine.spec.model_type == "mixtral"
     assert _greedy(sparse, prompts, 100) == want
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moe_serve import plugin
 from moe_serve.config import EngineConfig
@@ -20,7 +21,7 @@ from moe_serve.engine.scheduler import Scheduler
 from moe_serve.errors import ConfigError
 from moe_serve.kernels import suite
 from moe_serve.models.checkpoint import load_weights, weights_bytes
-from moe_serve.models.decoder import Decoder
+from moe_serve.models.decoder import build_decoder
 from moe_serve.models.dummy import dummy_weights
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
@@ -44,17 +45,19 @@ def build_engine(
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
     policy = plugin.load("moe_serve.engine.policies", config.scheduler.scheduling_policy).build()
-    kernels = suite.load(config.runtime.kernels)
+    kernels = suite.load(config.runtime.kernels, config.runtime.isa)
     hf_config = HFConfig.read(folder)
     spec = read_spec(hf_config)
     dtype = _dtype(config.weights.dtype, hf_config.dtype)
     max_model_len = _max_model_len(config.weights.max_model_len, spec.max_position_embeddings)
     num_blocks = num_kv_blocks(config, spec, dtype, max_model_len, available_bytes())
-    if config.weights.load_format == "dummy":
-        weights = dummy_weights(spec, dtype)
-    else:
-        weights = load_weights(folder, spec, dtype, on_progress=on_progress)
-    model = Decoder(spec, weights, kernels, max_model_len)
+
+    def load(into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if config.weights.load_format == "dummy":
+            return dummy_weights(spec, dtype, into=into)
+        return load_weights(folder, spec, dtype, on_progress=on_progress, into=into)
+
+    model = build_decoder(spec, dtype, kernels, max_model_len, load)
     block_size = config.kv.block_size
     kv = KVCacheManager(
         model.groups,
@@ -83,7 +86,7 @@ def build_engine(
         config,
         spec,
         scheduler,
-        ModelRunner(model, kv, num_blocks, sampler),
+        ModelRunner(model, kv, num_blocks, sampler, config.runtime.fused),
         max_model_len=max_model_len,
         numerics_id=f"{kernels.numerics_id}-{str(dtype).removeprefix('torch.')}",
         model_bytes=weights_bytes(spec, dtype),

@@ -23,20 +23,27 @@ class ModelRunner:
     """Runs steps of one model on one device."""
 
     def __init__(
-        self, model: Decoder, kv: KVCacheManager, num_blocks: tuple[int, ...], sampler: Sampler
+        self,
+        model: Decoder,
+        kv: KVCacheManager,
+        num_blocks: tuple[int, ...],
+        sampler: Sampler,
+        is_fused: bool = True,
     ) -> None:
+        """is_fused: run the forward pass as one call, where the kernels have that."""
         self.model = model
         self._kv = kv
         self._block_size = kv.block_size
         self._sampler = sampler
         self._caches = model.allocate_caches(num_blocks, kv.block_size)
+        self._fused = model.fused(self._caches) if is_fused else None
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> SamplerOutput:
         """Give each of `step.sampled` its next token."""
         self._copy_blocks(step.block_copies)
         batch = build_batch(step, self._kv.tables, self._block_size)
-        hidden = self.model.forward(batch, self._caches)  # [num_tokens, hidden_size]
+        hidden = self._forward(batch)  # [num_tokens, hidden_size]
         if step.sampled:
             logits = self.model.logits(hidden[batch.sample_rows])
             output = self._sampler.sample(logits, step.sampled)
@@ -45,6 +52,11 @@ class ModelRunner:
         output.sequence_errors.update(_not_finite(step, hidden))
         output.prompt_logprobs.update(self._prompt_logprobs(step, hidden))
         return output
+
+    def _forward(self, batch: ForwardBatch) -> Tensor:
+        if self._fused is not None:
+            return self._fused(batch)
+        return self.model.forward(batch, self._caches)
 
     def _copy_blocks(self, copies: tuple[list[tuple[int, int]], ...]) -> None:
         """Copy blocks within the caches (copy on write); a step's sources are never its targets."""

@@ -11,7 +11,7 @@ It does not know how logits are made, nor when a sequence ends.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from types import ModuleType
+from operator import attrgetter
 from typing import TypeVar
 
 import numpy as np
@@ -20,28 +20,40 @@ import torch
 from torch import Tensor
 
 from moe_serve.engine.sequence import SamplerOutput, Sequence
+from moe_serve.kernels.sampling.base import Sampling
 from moe_serve.types import TokenLogprobs
 
 T = TypeVar("T")
 
 MIN_TEMPERATURE = 1e-5  # as vLLM: at less the choice is the greedy one
-# Logits that are worked on at once: what a core's cache holds, or what device memory can spare.
+# Logits that are copied at once: what a core's cache holds, or what device memory can spare.
 CHUNK_ELEMENTS_CPU = 2**19
 CHUNK_ELEMENTS_DEVICE = 2**26
+
+_FILTERS = attrgetter("temperature", "min_p", "top_k", "top_p")
+_EDITS = attrgetter(
+    "allowed_token_ids",
+    "logit_bias",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+_NO_EDITS = (None, None, 0, 1, 0, 0)
 
 
 class Sampler:
     """Chooses the next token of each sequence.
 
-    kernels: a module of kernels/sampling. Token ids outside the vocabulary are passed over
-    wherever a request names them: no such token can be sampled.
+    Token ids outside the vocabulary are passed over wherever a request names them: no such token
+    can be sampled.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, kernels: ModuleType) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, kernels: Sampling) -> None:
         self.vocab_size = vocab_size
         self.device = device
         self.kernels = kernels
-        self.hashes: Tensor = kernels.token_hashes(vocab_size, device)  # [vocab_size]
+        self.hashes = kernels.token_hashes(vocab_size, device)  # [vocab_size]
         elements = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
         self.rows_per_chunk = max(1, elements // vocab_size)
 
@@ -54,25 +66,26 @@ class Sampler:
         """
         assert logits.shape == (len(sequences), self.vocab_size), logits.shape
         assert logits.dtype == torch.float32, logits.dtype
-        token_ids = [0] * len(sequences)
-        is_finite: list[bool] = self.kernels.is_finite(logits).tolist()
-        errors = {row: _not_finite(logits[row]) for row, ok in enumerate(is_finite) if not ok}
-        plain: list[int] = []
-        edited: list[int] = []
+        best, is_finite = self.kernels.greedy_checked(logits)
+        token_ids: list[int] = best.tolist()
+        finite: list[bool] = is_finite.tolist()
+        errors = {row: _not_finite(logits[row]) for row, ok in enumerate(finite) if not ok}
+        edited, sampled = [], []
         for row, sequence in enumerate(sequences):
-            if is_finite[row]:
-                (edited if _is_edited(sequence) else plain).append(row)
+            if _is_edited(sequence):
+                edited.append(row)
+            elif not _is_greedy(sequence):
+                sampled.append(row)
+        if errors:
+            edited = [row for row in edited if row not in errors]
+            sampled = [row for row in sampled if row not in errors]
 
-        chosen = self._choose(logits, plain, [sequences[row] for row in plain])
-        _put(token_ids, plain, chosen)
+        self._sample_into(token_ids, logits, sampled, sequences)
         for rows in self._chunks(edited):
-            part = logits[rows]  # a copy
-            self._edit_(part, [sequences[row] for row in rows])
-            highest: list[float] = part.amax(-1).tolist()
-            errors |= {r: _no_choice(h) for r, h in zip(rows, highest, strict=True) if np.isinf(h)}
-            left = [index for index, row in enumerate(rows) if row not in errors]
-            rows = [rows[index] for index in left]
-            _put(token_ids, rows, self._choose(part, left, [sequences[row] for row in rows]))
+            part = [sequences[row] for row in rows]
+            chosen, wrong = self._edit_and_choose(logits[rows], part)  # a copy of the logits
+            _put(token_ids, rows, chosen)
+            errors |= {rows[index]: error for index, error in wrong.items()}
         return SamplerOutput(
             token_ids, self._logprobs(logits, sequences, token_ids, errors), errors
         )
@@ -92,51 +105,54 @@ class Sampler:
             found += self._token_logprobs(logits[part], token_ids, [top] * len(rows))
         return found
 
-    def _choose(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[int]:
-        """Choose for sequences[i] from logits[rows[i]], which must have a finite maximum."""
-        chosen = [0] * len(rows)
-        greedy, unfiltered, filtered = [], [], []
-        for index, sequence in enumerate(sequences):
-            params = sequence.request.sampling
-            if params.temperature < MIN_TEMPERATURE:
-                greedy.append(index)
-            elif params.top_p < 1 or 0 < params.top_k < self.vocab_size:
-                filtered.append(index)
-            else:
-                unfiltered.append(index)
-        if greedy:
-            part = logits if len(greedy) == len(logits) else logits[[rows[i] for i in greedy]]
-            _put(chosen, greedy, self.kernels.greedy(part).tolist())
-        for group, choose in ((unfiltered, self._choose_any), (filtered, self._choose_filtered)):
-            for chunk in self._chunks(group):
-                part = logits[[rows[index] for index in chunk]]
-                _put(chosen, chunk, choose(part, [sequences[index] for index in chunk]).tolist())
-        return chosen
+    def _sample_into(
+        self, token_ids: list[int], logits: Tensor, rows: list[int], sequences: list[Sequence]
+    ) -> None:
+        """Set token_ids[row] for the rows given, whose logits must have a finite maximum.
 
-    def _choose_any(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
-        scaled, keys = self._scaled_and_keys(logits, sequences)
-        chosen: Tensor = self.kernels.choose(scaled, keys, self.hashes)
-        return chosen
+        logits: [len(sequences), vocab_size]. Leaves the other rows as they are.
+        """
+        if not rows:
+            return
+        if len(rows) < len(sequences):
+            logits = logits[rows]
+            sequences = [sequences[row] for row in rows]
+        filters = np.array([_FILTERS(sequence.request.sampling) for sequence in sequences])
+        temperature, min_p, top_k, top_p = filters.T  # float64 [num_rows] each
+        keys = self.kernels.row_keys(
+            [sequence.seed for sequence in sequences],
+            [len(sequence.token_ids) for sequence in sequences],
+        )
+        chosen = self.kernels.sample(
+            logits,
+            self._column(temperature, np.float32),
+            self._column(min_p, np.float32),
+            self._column(np.where(top_k > 0, top_k, self.vocab_size), np.int64),
+            self._column(top_p, np.float64),
+            keys.to(self.device),
+            self.hashes,
+        )
+        _put(token_ids, rows, chosen.tolist())
 
-    def _choose_filtered(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
-        scaled, keys = self._scaled_and_keys(logits, sequences)
-        params = [sequence.request.sampling for sequence in sequences]
-        top_k = self._tensor([p.top_k if p.top_k > 0 else self.vocab_size for p in params])
-        top_p = self._tensor([p.top_p for p in params], torch.float64)
-        chosen = torch.empty_like(top_k)
-        for rows, ids, num_kept in self.kernels.survivors(scaled, top_k, top_p):
-            chosen[rows] = self.kernels.choose_among(
-                scaled[rows], ids, num_kept, keys[rows], self.hashes
-            )
-        return chosen
+    def _edit_and_choose(
+        self, logits: Tensor, sequences: list[Sequence]
+    ) -> tuple[list[int], dict[int, str]]:
+        """Edit the logits in place and choose from what is left; all must be finite before.
 
-    def _scaled_and_keys(self, logits: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
-        params = [sequence.request.sampling for sequence in sequences]
-        temperature = self._tensor([[p.temperature] for p in params], torch.float32)
-        min_p = self._tensor([[p.min_p] for p in params], torch.float32)
-        positions = [len(sequence.token_ids) for sequence in sequences]
-        keys: Tensor = self.kernels.row_keys([sequence.seed for sequence in sequences], positions)
-        return self.kernels.scaled_logits(logits, temperature, min_p), keys.to(self.device)
+        Returns a token for each sequence, and why there is none, by index.
+        """
+        self._edit_(logits, sequences)
+        best, _ = self.kernels.greedy_checked(logits)
+        token_ids: list[int] = best.tolist()
+        highest: list[float] = logits.gather(1, best[:, None]).squeeze(1).tolist()
+        errors = {row: _no_choice(value) for row, value in enumerate(highest) if np.isinf(value)}
+        sampled = [
+            row
+            for row, sequence in enumerate(sequences)
+            if row not in errors and not _is_greedy(sequence)
+        ]
+        self._sample_into(token_ids, logits, sampled, sequences)
+        return token_ids, errors
 
     def _edit_(self, logits: Tensor, sequences: list[Sequence]) -> None:
         """Forbid tokens, add biases and penalise, in place and in this order."""
@@ -222,6 +238,9 @@ class Sampler:
         for start in range(0, len(items), self.rows_per_chunk):
             yield items[start : start + self.rows_per_chunk]
 
+    def _column(self, values: npt.NDArray[np.float64], dtype: npt.DTypeLike) -> Tensor:
+        return torch.from_numpy(values.astype(dtype)).to(self.device)
+
     def _tensor(self, values: object, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
@@ -238,9 +257,15 @@ def _is_penalised(sequence: Sequence) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty)
 
 
+def _is_greedy(sequence: Sequence) -> bool:
+    return sequence.request.sampling.temperature < MIN_TEMPERATURE
+
+
 def _is_edited(sequence: Sequence) -> bool:
     """Tell whether the row's logits change before a token is chosen."""
     params = sequence.request.sampling
+    if _EDITS(params) == _NO_EDITS:  # nearly always: one look, not six
+        return bool(sequence.request.bad_words_ids)
     return (
         params.allowed_token_ids is not None
         or bool(params.logit_bias or sequence.request.bad_words_ids)

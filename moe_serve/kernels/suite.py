@@ -2,65 +2,150 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_serve.errors import ConfigError
+from moe_serve.kernels.combine import cpu as combine_cpu
 from moe_serve.kernels.combine import reference as combine_reference
+from moe_serve.kernels.forward import cpu as forward_cpu
+from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.linear import reference as linear_reference
+from moe_serve.kernels.moe import cpu as moe_cpu
 from moe_serve.kernels.moe import reference as moe_reference
+from moe_serve.kernels.native import library
+from moe_serve.kernels.paged_attention import cpu as attention_cpu
 from moe_serve.kernels.paged_attention import reference as attention_reference
+from moe_serve.kernels.rms_norm import cpu as norm_cpu
 from moe_serve.kernels.rms_norm import reference as norm_reference
+from moe_serve.kernels.rope import cpu as rope_cpu
 from moe_serve.kernels.rope import reference as rope_reference
+from moe_serve.kernels.router import cpu as router_cpu
 from moe_serve.kernels.router import reference as router_reference
+from moe_serve.kernels.sampling import cpu as sampling_cpu
 from moe_serve.kernels.sampling import reference as sampling_reference
+from moe_serve.kernels.sampling.base import Sampling
 from moe_serve.types import Routing
+
+logger = logging.getLogger(__name__)
+
+KERNELS = ("auto", "cpu", "reference")
+# dtypes that the native kernels have
+CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One implementation of every kernel of the forward pass.
 
-    numerics_id names implementation and instruction set: two engines with the same id, model and
-    dtype give the same bits.
+    name: "cpu" or "reference"; isa: the native kernels' instruction set; reason: why these were
+    chosen. numerics_id names implementation and instruction set: two engines with the same id,
+    model and dtype give the same bits. build_forward makes the whole forward pass one call, of the
+    same bits; None where there is no such thing.
     """
 
     name: str
+    isa: str | None
+    reason: str
     numerics_id: str
-    pack: Callable[[Tensor], Tensor]
+    pack: Callable[[Tensor], Any]
     linear: Callable[..., Tensor]
+    gather: Callable[[Any, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope_write_kv: Callable[..., Tensor]
     plan_attention: Callable[..., Any]
     paged_attention: Callable[..., Tensor]
     route: Callable[..., Routing]
+    sort_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    shared_weights: Callable[[Tensor, Tensor], Tensor]
+    record_layout: int
+    record_bytes: Callable[[int, int, torch.dtype], int]
+    pack_records_: Callable[[Tensor, int, int, torch.dtype], None]
     moe: Callable[..., Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
     combine: Callable[..., Tensor]
-    sampling: ModuleType
+    sampling: Sampling
+    build_forward: Callable[..., forward_cpu.Forward] | None = None
 
 
-def load(name: str) -> Kernels:
-    """Return the kernels of an implementation: "reference", or "auto", the best there is."""
-    if name not in ("auto", "reference"):
-        raise ConfigError(f"kernels is {name!r}; there are: auto, reference")
+def load(name: str = "auto", isa: str = "auto") -> Kernels:
+    """Return the kernels of an implementation: "cpu", "reference", or "auto", the best there is.
+
+    isa: the native kernels' instruction set, or "auto". Raises ConfigError for what is not to be
+    had here.
+    """
+    if name not in KERNELS:
+        raise ConfigError(f"kernels is {name!r}; there are: {', '.join(KERNELS)}")
+    if name == "reference":
+        if isa != "auto":
+            raise ConfigError(f"isa is {isa!r}, but the reference kernels have none; leave it out")
+        return _reference("asked for")
+    try:
+        native = library.load(isa)
+    except library.NotBuilt as error:
+        if name == "cpu" or isa != "auto":
+            raise ConfigError(f"kernels is {name!r}, isa {isa!r}: {error}") from error
+        logger.warning("slow kernels (reference, plain torch): %s", error)
+        return _reference(str(error))
+    return _cpu(native, "the best here" if isa == "auto" else "asked for")
+
+
+def _cpu(native: library.Native, reason: str) -> Kernels:
+    linear, norm = linear_cpu.LinearKernels(native), norm_cpu.NormKernels(native)
+    router, moe = router_cpu.RouterKernels(native), moe_cpu.MoeKernels(native)
+    return Kernels(
+        name="cpu",
+        isa=native.isa,
+        reason=reason,
+        numerics_id=f"cpu{library.ABI}-{native.isa}",
+        pack=linear.pack,
+        linear=linear.linear,
+        gather=linear.gather,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        rope_write_kv=rope_cpu.RopeKernels(native).rope_write_kv,
+        plan_attention=attention_cpu.plan,
+        paged_attention=attention_cpu.build(native),
+        route=router.route,
+        sort_pairs=router.sort_pairs,
+        shared_weights=router.shared_weights,
+        record_layout=moe_cpu.RECORD_LAYOUT,
+        record_bytes=moe.record_bytes,
+        pack_records_=moe.pack_records_,
+        moe=moe.moe,
+        silu_and_mul=moe.silu_and_mul,
+        combine=combine_cpu.build(native),
+        sampling=sampling_cpu.SamplingKernels(native),
+        build_forward=forward_cpu.builder(native),
+    )
+
+
+def _reference(reason: str) -> Kernels:
     return Kernels(
         name="reference",
-        numerics_id=f"reference-torch{torch.__version__.split('+')[0]}-{_cpu_capability()}",
+        isa=None,
+        reason=reason,
+        numerics_id=f"reference-torch{torch.__version__.split('+')[0]}-{_torch_capability()}",
         pack=linear_reference.pack,
         linear=linear_reference.linear,
+        gather=linear_reference.gather,
         rms_norm=norm_reference.rms_norm,
         add_rms_norm=norm_reference.add_rms_norm,
         rope_write_kv=rope_reference.rope_write_kv,
         plan_attention=attention_reference.plan,
         paged_attention=attention_reference.paged_attention,
         route=router_reference.route,
+        sort_pairs=router_reference.sort_pairs,
+        shared_weights=router_reference.shared_weights,
+        record_layout=moe_reference.RECORD_LAYOUT,
+        record_bytes=moe_reference.record_bytes,
+        pack_records_=moe_reference.pack_records_,
         moe=moe_reference.moe,
         silu_and_mul=moe_reference.silu_and_mul,
         combine=combine_reference.combine,
@@ -68,7 +153,7 @@ def load(name: str) -> Kernels:
     )
 
 
-def _cpu_capability() -> str:
+def _torch_capability() -> str:
     capability = str(torch.backends.cpu.get_cpu_capability()).lower()
     # torch names the vector width only; whether bfloat16 products run in hardware changes bits too
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)

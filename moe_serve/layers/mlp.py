@@ -13,9 +13,9 @@ class GatedMlp:
 
     def __init__(self, kernels: Kernels, gate_up: Linear, down: Linear) -> None:
         self._silu_and_mul = kernels.silu_and_mul
-        self._gate_up = gate_up
-        self._down = down
+        self.gate_up = gate_up
+        self.down = down
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return [num_tokens, hidden_size], like `hidden`."""
-        return self._down(self._silu_and_mul(self._gate_up(hidden)))
+        return self.down(self._silu_and_mul(self.gate_up(hidden)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moe_serve.comm.base import Dispatcher
 from moe_serve.experts.executor import ResidentExperts
+from moe_serve.kernels.forward.base import MoePart
+from moe_serve.kernels.suite import Kernels
 from moe_serve.layers.mlp import GatedMlp
 from moe_serve.layers.router import Router
 
@@ -21,6 +22,7 @@ class MoeLayer:
     def __init__(
         self,
         layer: int,
+        kernels: Kernels,
         router: Router,
         dispatcher: Dispatcher,
         experts: ResidentExperts,
@@ -31,23 +33,28 @@ class MoeLayer:
         self.router = router
         self.dispatcher = dispatcher
         self.experts = experts
-        self._shared = shared
-        self._shared_gate = shared_gate
+        self.shared = shared
+        self.shared_gate = shared_gate
+        self._shared_weights = kernels.shared_weights
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return [num_tokens, hidden_size], like `hidden`."""
         routing = self.router(hidden)
         inbox, receipt = self.dispatcher.dispatch(self.layer, hidden, routing)
         outbox = self.experts.run(self.layer, inbox)  # [num_pairs, hidden_size]
-        return self.dispatcher.combine(outbox, receipt, self._shared_part(hidden))
+        if self.shared is None:
+            return self.dispatcher.combine(outbox, receipt)
+        weights = None
+        if self.shared_gate is not None:
+            weights = self._shared_weights(hidden, self.shared_gate)
+        return self.dispatcher.combine(outbox, receipt, self.shared(hidden), weights)
 
-    def _shared_part(self, hidden: Tensor) -> Tensor | None:
-        """Return the shared expert's weighed result, float32 [num_tokens, hidden_size]."""
-        if self._shared is None:
-            return None
-        out = self._shared(hidden).float()
-        if self._shared_gate is None:
-            return out
-        # one output feature: a plain sum over the row, which does not depend on other rows
-        logit = (hidden.float() * self._shared_gate).sum(-1, keepdim=True)  # [num_tokens, 1]
-        return out / (1.0 + torch.exp(-logit))
+    def part(self) -> MoePart:
+        """Return this layer, but its shared expert, as the fused forward pass takes it."""
+        return MoePart(
+            router=self.router.scorer.part(),
+            recipe=self.router.recipe,
+            selection_bias=self.router.selection_bias,
+            experts=self.experts.layers[self.layer],
+            shared_gate=self.shared_gate,
+        )

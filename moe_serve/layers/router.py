@@ -27,9 +27,9 @@ class Router:
     ) -> None:
         self.recipe = recipe
         self._route = kernels.route
-        self._scorer = Linear(kernels, weight, bias)
-        self._selection_bias = selection_bias
+        self.scorer = Linear(kernels, weight, bias)
+        self.selection_bias = selection_bias
 
     def __call__(self, hidden: Tensor) -> Routing:
         """Return the routing of `hidden`, [num_tokens, hidden_size]."""
-        return self._route(self._scorer(hidden.float()), self.recipe, self._selection_bias)
+        return self._route(self.scorer(hidden), self.recipe, self.selection_bias)

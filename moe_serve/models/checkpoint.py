@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -66,10 +66,12 @@ def load_weights(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
+    into: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return every tensor of `spec.weights` by name, read from `folder`, in `dtype`.
 
-    Those that are `is_fp32` come in float32. on_progress(bytes read, bytes in all) is called in
+    Those that are `is_fp32` come in float32. into: tensors, by name, to fill instead of new ones;
+    their last two dimensions must be contiguous. on_progress(bytes read, bytes in all) is called in
     this thread as the reading goes on. Raises CheckpointError naming file and tensor for whatever
     is missing, of another shape or dtype, or not finite once in its dtype; CapacityError when
     memory does not suffice.
@@ -77,10 +79,7 @@ def load_weights(
     checkpoint = Checkpoint.open(folder)
     reads = _plan(checkpoint, spec)
     _report_unused(checkpoint, spec, reads)
-    weights = {
-        weight.name: empty_weight(weight, dtype, device, weights_bytes(spec, dtype))
-        for weight in spec.weights
-    }
+    weights = allocated(spec, dtype, device, into or {})
     _read_all(reads, weights, on_progress)
     return weights
 
@@ -93,6 +92,19 @@ def weights_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 def held_dtype(weight: WeightSpec, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that `weight` is held in by a model of `dtype`."""
     return torch.float32 if weight.is_fp32 else dtype
+
+
+def allocated(
+    spec: ModelSpec, dtype: torch.dtype, device: str | torch.device, into: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return a tensor for each weight of `spec`, not filled: that of `into`, or else a new one."""
+    total = weights_bytes(spec, dtype)
+    return {
+        weight.name: into[weight.name]
+        if weight.name in into
+        else empty_weight(weight, dtype, device, total)
+        for weight in spec.weights
+    }
 
 
 def empty_weight(

@@ -6,11 +6,16 @@ decoder knows nothing of requests: it sees a `ForwardBatch` and the caches.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moe_serve.comm import local
-from moe_serve.experts.executor import ExpertWeights, ResidentExperts
+from moe_serve.experts.executor import ResidentExperts
+from moe_serve.kernels.forward.base import LayerPart, ModelPart
+from moe_serve.kernels.rope.base import Heads
 from moe_serve.kernels.suite import Kernels
 from moe_serve.layers.attention import Attention, AttentionInput, LayerCache
 from moe_serve.layers.linear import Linear
@@ -18,6 +23,7 @@ from moe_serve.layers.mlp import GatedMlp
 from moe_serve.layers.moe import MoeLayer
 from moe_serve.layers.rope import rope_table
 from moe_serve.layers.router import Router
+from moe_serve.models.expert_weights import ExpertWeights
 from moe_serve.models.spec import LayerSpec, ModelSpec
 from moe_serve.types import CacheGroup, ForwardBatch
 
@@ -36,7 +42,7 @@ class DecoderLayer:
     ) -> None:
         self._kernels = kernels
         self._attention_norm = attention_norm
-        self._attention = attention
+        self.attention = attention
         self._mlp_norm = mlp_norm
         self.mlp = mlp
         self._norm_eps = norm_eps
@@ -54,56 +60,91 @@ class DecoderLayer:
             hidden, residual = self._kernels.add_rms_norm(
                 delta, residual, self._attention_norm, self._norm_eps
             )
-        hidden = self._attention(hidden, cache, step)
+        hidden = self.attention(hidden, cache, step)
         hidden, residual = self._kernels.add_rms_norm(
             hidden, residual, self._mlp_norm, self._norm_eps
         )
         return self.mlp(hidden), residual
 
+    def part(self, cache: LayerCache, group: int) -> LayerPart:
+        """Return this layer as the fused forward pass takes it."""
+        moe = self.mlp.part() if isinstance(self.mlp, MoeLayer) else None
+        dense = self.mlp.shared if isinstance(self.mlp, MoeLayer) else self.mlp
+        return LayerPart(
+            attention_norm=self._attention_norm,
+            qkv=self.attention.qkv.part(),
+            heads=self.attention.heads,
+            output=self.attention.output.part(),
+            scale=self.attention.scale,
+            key_cache=cache.key,
+            value_cache=cache.value,
+            group=group,
+            mlp_norm=self._mlp_norm,
+            gate_up=None if dense is None else dense.gate_up.part(),
+            down=None if dense is None else dense.down.part(),
+            moe=moe,
+        )
+
+
+def build_decoder(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    max_model_len: int,
+    load: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> Decoder:
+    """Allocate the experts' records, have all weights loaded, pack them, put the model together.
+
+    load: given tensors to fill, by name, returns all weights of `spec`, those among them.
+    """
+    expert_weights = ExpertWeights(spec, dtype, kernels)
+    plain = expert_weights.plain()
+    weights = load(plain)
+    for name in plain:
+        del weights[name]
+    plain.clear()
+    return Decoder(spec, weights, expert_weights.packed(), kernels, max_model_len)
+
 
 class Decoder:
     """A decoder-only language model.
 
-    weights: what `ModelSpec.weights` names; taken out of the dictionary as they are packed, so that
-    nothing is held twice. max_model_len: how many positions the rotary table has.
+    weights: what `ModelSpec.weights` names, but the experts; taken out of the dictionary as they
+    are packed, so that nothing is held twice. experts: those of all MoE layers, packed.
+    max_model_len: how many positions the rotary table has.
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: dict[str, Tensor], kernels: Kernels, max_model_len: int
+        self,
+        spec: ModelSpec,
+        weights: dict[str, Tensor],
+        experts: ResidentExperts,
+        kernels: Kernels,
+        max_model_len: int,
     ) -> None:
         self.spec = spec
         self.kernels = kernels
-        self.embedding = weights.pop("embedding")
-        self.dtype = self.embedding.dtype
+        self.experts = experts
+        embedding = weights.pop("embedding")
+        self.dtype = embedding.dtype
         self.groups: tuple[CacheGroup, ...] = spec.cache_groups(self.dtype.itemsize)
         self._group_of_layer = {
             layer: index for index, group in enumerate(self.groups) for layer in group.layers
         }
-        self._cos, self._sin = (
-            table.unsqueeze(1)
-            for table in rope_table(spec.attention.rope, spec.attention.head_dim, max_model_len)
-        )
-        experts = {
-            index: ExpertWeights(
-                weights.pop(f"layers.{index}.experts.gate_up"),
-                weights.pop(f"layers.{index}.experts.down"),
-            )
-            for index, layer in enumerate(spec.layers)
-            if layer.moe is not None
-        }
-        self.experts = ResidentExperts(kernels.moe, experts)
+        self._rope = rope_table(spec.attention.rope, spec.attention.head_dim, max_model_len)
         self.layers = [
             self._build_layer(index, layer, weights) for index, layer in enumerate(spec.layers)
         ]
         self._norm = weights.pop("norm")
-        head = self.embedding if spec.is_embedding_tied else weights.pop("head")
+        self.embedding: Tensor | None = None if spec.is_embedding_tied else embedding
+        head = embedding if spec.is_embedding_tied else weights.pop("head")
         self._head = Linear(kernels, head)
         assert not weights, f"weights that no part took: {sorted(weights)}"
 
     def _build_layer(
         self, index: int, layer: LayerSpec, weights: dict[str, Tensor]
     ) -> DecoderLayer:
-        spec, kernels = self.spec.attention, self.kernels
+        kernels = self.kernels
         name = f"layers.{index}"
 
         def linear(part: str) -> Linear:
@@ -111,21 +152,7 @@ class Decoder:
                 kernels, weights.pop(f"{name}.{part}"), weights.pop(f"{name}.{part}_bias", None)
             )
 
-        norms = None
-        if spec.qk_norm is not None:
-            norms = (weights.pop(f"{name}.q_norm"), weights.pop(f"{name}.k_norm"))
-        attention = Attention(
-            kernels,
-            qkv=linear("qkv"),
-            output=linear("output"),
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            norm_eps=self.spec.norm_eps,
-            qk_norm_weights=norms,
-            is_norm_full=spec.qk_norm == "full",
-            qkv_clip=spec.qkv_clip,
-        )
+        attention = Attention(kernels, linear("qkv"), self._heads(name, weights), linear("output"))
         mlp: GatedMlp | MoeLayer
         if layer.moe is None:
             mlp = GatedMlp(kernels, linear("mlp.gate_up"), linear("mlp.down"))
@@ -138,8 +165,9 @@ class Decoder:
                 gate = weights.pop(f"{name}.shared_gate")[0]
             mlp = MoeLayer(
                 index,
+                kernels,
                 Router(kernels, recipe, weights.pop(f"{name}.router")),
-                local.build(recipe.num_experts, kernels.combine),
+                local.build(recipe.num_experts, kernels.sort_pairs, kernels.combine),
                 self.experts,
                 shared,
                 gate,
@@ -153,32 +181,72 @@ class Decoder:
             self.spec.norm_eps,
         )
 
+    def _heads(self, layer: str, weights: dict[str, Tensor]) -> Heads:
+        spec = self.spec.attention
+        cos, sin = self._rope
+        return Heads(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            cos=cos,
+            sin=sin,
+            query_norm=weights.pop(f"{layer}.q_norm", None),
+            key_norm=weights.pop(f"{layer}.k_norm", None),
+            is_norm_full=spec.qk_norm == "full",
+            norm_eps=self.spec.norm_eps,
+            clip=spec.qkv_clip,
+        )
+
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
         """Run one step; return the residual stream after the last norm, [num_tokens, hidden_size].
 
         caches: one per layer, written at the batch's slots.
         """
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         steps = [
-            AttentionInput(
-                cos,
-                sin,
-                slots,
-                self.kernels.plan_attention(
-                    batch.query_lens, batch.context_lens, table, batch.block_size, group.window
-                ),
-            )
-            for slots, table, group in zip(
-                batch.slot_mapping, batch.block_tables, self.groups, strict=True
-            )
+            AttentionInput(batch.positions, slots, plan)
+            for slots, plan in zip(batch.slot_mapping, self.plans(batch), strict=True)
         ]
-        residual = self.embedding[batch.token_ids]
+        residual = self.embed(batch.token_ids)
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             step = steps[self._group_of_layer[index]]
             delta, residual = layer(delta, residual, caches[index], step)
         assert delta is not None
         return self.kernels.add_rms_norm(delta, residual, self._norm, self.spec.norm_eps)[0]
+
+    def plans(self, batch: ForwardBatch) -> list[Any]:
+        """Return the attention kernel's plan of a step, for each cache group."""
+        return [
+            self.kernels.plan_attention(
+                batch.query_lens, batch.context_lens, table, batch.block_size, group.window
+            )
+            for table, group in zip(batch.block_tables, self.groups, strict=True)
+        ]
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return [num_tokens, hidden_size] for token_ids int64 [num_tokens]."""
+        if self.embedding is None:
+            return self._head.rows(token_ids)
+        return self.embedding[token_ids]
+
+    def fused(self, caches: list[LayerCache]) -> Callable[[ForwardBatch], Tensor] | None:
+        """Return `forward` on these caches as one call of the kernels, where they have that."""
+        if self.kernels.build_forward is None:
+            return None
+        run = self.kernels.build_forward(
+            ModelPart(
+                layers=[
+                    layer.part(cache, self._group_of_layer[index])
+                    for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True))
+                ],
+                embedding=self._head.weight if self.embedding is None else self.embedding,
+                norm=self._norm,
+                norm_eps=self.spec.norm_eps,
+            )
+        )
+        return lambda batch: run(
+            batch.token_ids, batch.positions, batch.slot_mapping, self.plans(batch)
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 [num_rows, vocab_size] for rows of `forward`'s result.

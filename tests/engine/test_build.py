@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from moe_serve.config import EngineConfig
 from moe_serve.engine import build
 from moe_serve.errors import CapacityError, ConfigError
+from moe_serve.kernels.native import library
+from moe_serve.layers.attention import LayerCache
+from moe_serve.models.decoder import Decoder
+from moe_serve.types import ForwardBatch, Request, SamplingParams
+from tests.kernels.implementations import EACH, EACH_NATIVE, kernels
 from tests.models.bad_checkpoints import CONFIG, write_checkpoint
 
 
@@ -21,8 +28,17 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_kwargs: object) -> None:
         pytest.fail("made before it was known to fit")
 
-    for name in ("load_weights", "dummy_weights", "Decoder", "KVCacheManager"):
+    for name in ("load_weights", "dummy_weights", "build_decoder", "KVCacheManager"):
         monkeypatch.setattr(build, name, fail)
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this installation have no native library."""
+    monkeypatch.setattr(library, "built_path", lambda: None)
+    library.open_library.cache_clear()
+    yield
+    library.open_library.cache_clear()
 
 
 @pytest.mark.usefixtures("unread")
@@ -86,3 +102,78 @@ def test_dtype(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[expected]
     assert engine.numerics_id.endswith(f"-{str(dtype).removeprefix('torch.')}")
     assert ("runs in bfloat16" in caplog.text) == (option == "auto" and checkpoint == "float16")
+
+
+@EACH
+def test_the_kernels_asked_for_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    wanted = kernels(name)
+    config = EngineConfig.from_options(
+        {
+            "kernels": wanted.name,
+            "isa": wanted.isa or "auto",
+            "load_format": "dummy",
+            "num_kv_blocks": 4,
+        }
+    )
+    engine = build.build_engine(config, tmp_path)
+    assert engine.numerics_id == f"{wanted.numerics_id}-float32"
+
+
+@pytest.mark.usefixtures("unread")
+def test_an_instruction_set_of_the_reference_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    config = EngineConfig.from_options({"kernels": "reference", "isa": "plain"})
+    with pytest.raises(ConfigError, match="isa is 'plain', but the reference kernels have none"):
+        build.build_engine(config, tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"kernels": "cpu"}, {"isa": "plain"}], ids=str)
+@pytest.mark.usefixtures("unread", "without_library")
+def test_native_kernels_that_are_not_built_are_refused(
+    options: dict[str, str], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="the native library is not built; install a C"):
+        build.build_engine(EngineConfig.from_options(options), tmp_path)
+
+
+@pytest.mark.usefixtures("without_library")
+def test_without_a_library_the_reference_runs_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    options = {"load_format": "dummy", "num_kv_blocks": 4}
+    engine = build.build_engine(EngineConfig.from_options(options), tmp_path)
+    assert engine.numerics_id.startswith("reference-")
+    (message,) = caplog.messages
+    assert "slow kernels" in message
+    assert "the native library is not built" in message
+
+
+@EACH_NATIVE
+@pytest.mark.parametrize("fused", [True, False])
+def test_fused_or_not_is_what_was_asked_for(
+    name: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    calls: list[ForwardBatch] = []
+    layer_by_layer = Decoder.forward
+
+    def forward(model: Decoder, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+        calls.append(batch)
+        return layer_by_layer(model, batch, caches)
+
+    monkeypatch.setattr(Decoder, "forward", forward)
+    options = {
+        "kernels": "cpu",
+        "isa": kernels(name).isa,
+        "fused": fused,
+        "load_format": "dummy",
+        "num_kv_blocks": 4,
+    }
+    engine = build.build_engine(EngineConfig.from_options(options), tmp_path)
+    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    engine.add(Request(request_id="a", prompt_ids=(1, 2, 3), sampling=sampling))
+    engine.step()
+    assert bool(calls) != fused

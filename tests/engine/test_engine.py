@@ -120,7 +120,9 @@ def test_a_nan_ends_its_request_and_no_other(tmp_path: Path) -> None:
     engine = _engine(tmp_path, block_size=4, num_kv_blocks=80)
     bad_token = 7
     # an embedding that is not finite, as an overflow in a deep layer would make the hidden state
-    engine.runner.model.embedding[bad_token] = float("nan")
+    embedding = engine.runner.model.embedding
+    assert embedding is not None, "not tied"
+    embedding[bad_token] = float("nan")
     requests = [
         replace(r, prompt_ids=tuple(t if t != bad_token else 8 for t in r.prompt_ids))
         for r in _requests(6, max_tokens=20, temperature=0.0, bad_words=())
@@ -211,7 +213,9 @@ def test_a_nan_in_a_chunk_that_samples_nothing_is_not_found_by_others(
     tiny.save_checkpoint(tmp_path, model_type, {"tie_word_embeddings": False})
     engine = _engine(tmp_path, block_size=16, max_prefill_chunk=64)
     bad_token = 7
-    engine.runner.model.embedding[bad_token] = float("nan")
+    embedding = engine.runner.model.embedding
+    assert embedding is not None, "not tied"
+    embedding[bad_token] = float("nan")
     shared = tuple(range(20, 52))
     params = SamplingParams(temperature=0.0, max_tokens=6, logit_bias={bad_token: -100.0})
     clean = Request(request_id="clean", prompt_ids=(*shared, 3, 4), sampling=params)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from tests.kernels.implementations import NATIVE
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -20,13 +22,33 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(bits(first), bits(second))
 
 
-def subsets(num_rows: int, seed: int, count: int) -> Iterator[tuple[Tensor, int]]:
-    """Yield random choices of rows (int64, shuffled, 1 to num_rows of them) and 1 or 2 threads."""
+def mixes(name: str, num_rows: int, seed: int) -> list[tuple[Tensor, int]]:
+    """Return random choices of rows (int64, shuffled, 1 to num_rows) and numbers of threads.
+
+    Three of four are of few rows. Native kernels get 200, of 1 to 4 threads; the reference 20, of 1
+    and 2, as it asks torch anew about each number of threads.
+    """
+    count, max_threads = (200, 4) if name in NATIVE else (20, 2)
     generator = torch.Generator().manual_seed(seed)
+    drawn = []
     for turn in range(count):
-        few = turn % 2 == 0
-        size = int(
-            torch.randint(1, min(17, num_rows) if few else num_rows + 1, (), generator=generator)
-        )
+        most = num_rows if turn % 4 == 0 else min(16, num_rows)
+        size = int(torch.randint(1, most + 1, (), generator=generator))
         rows = torch.randperm(num_rows, generator=generator)[:size]
-        yield rows, 1 + int(torch.randint(0, 2, (), generator=generator))
+        drawn.append((rows, 1 + int(torch.randint(0, max_threads, (), generator=generator))))
+    # threads are made and ended where their number changes, which takes longer than the kernels
+    return sorted(drawn, key=lambda mix: mix[1])
+
+
+def check_rows(
+    name: str, num_rows: int, seed: int, run: Callable[[Tensor], tuple[Tensor, ...]]
+) -> None:
+    """Check that `run`, of any choice of rows (int64), gives those rows of what all of them give.
+
+    run: returns tensors with a row for each that it is given. Changes torch's number of threads.
+    """
+    whole = run(torch.arange(num_rows))
+    for rows, threads in mixes(name, num_rows, seed):
+        torch.set_num_threads(threads)
+        for got, want in zip(run(rows), whole, strict=True):
+            assert same_bits(got, want[rows]), f"{len(rows)} rows, {threads} threads"

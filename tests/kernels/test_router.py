@@ -17,20 +17,35 @@ from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from moe_serve.kernels.router import reference
-from moe_serve.types import RouterRecipe
-from tests.kernels.row_independence import same_bits, subsets
+from moe_serve.types import RouterRecipe, RouterScore, Routing
+from tests.kernels.implementations import DTYPES, EACH, kernels
+from tests.kernels.row_independence import check_rows, same_bits
 
 HIDDEN = 48
+SCORES: tuple[RouterScore, ...] = ("softmax", "sigmoid", "softmax_after_top_k", "sqrt_softplus")
+POISON = -12_345  # what an integer that nobody wrote would be
 
 
-def _compare(router: Any, recipe: RouterRecipe, bias: Tensor | None = None) -> None:
+@pytest.fixture
+def poisoned_integers(monkeypatch: pytest.MonkeyPatch, poisoned_empty: None) -> None:
+    """Fill uninitialised integers too, so that ids and counts that nobody wrote show."""
+    allocate = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(POISON) if tensor.dtype == torch.int64 else tensor
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+def _compare(name: str, router: Any, recipe: RouterRecipe, bias: Tensor | None = None) -> None:
     """Give both the same tokens; experts must be the same sets, weights equal to 1e-6."""
     torch.manual_seed(1)
     with torch.no_grad():
         router.weight.normal_()
         hidden = torch.randn(500, HIDDEN)
         logits, weights, ids = router(hidden)
-        ours = reference.route(logits.float(), recipe, bias)
+        ours = kernels(name).route(logits.float(), recipe, bias)
     dense = torch.zeros(500, recipe.num_experts)
     want = dense.scatter(1, ids, weights)
     got = dense.scatter(1, ours.expert_ids, ours.weights)
@@ -38,24 +53,29 @@ def _compare(router: Any, recipe: RouterRecipe, bias: Tensor | None = None) -> N
     assert bool((ours.weights[:, :-1] >= ours.weights[:, 1:]).all()), "heaviest first"
 
 
+@EACH
 @pytest.mark.parametrize("renormalise", [False, True])
-def test_softmax_then_top_k(renormalise: bool) -> None:
+def test_softmax_then_top_k(name: str, renormalise: bool) -> None:
     config = Qwen2MoeConfig(
         hidden_size=HIDDEN, num_experts=60, num_experts_per_tok=4, norm_topk_prob=renormalise
     )
     recipe = RouterRecipe(num_experts=60, top_k=4, renormalise=renormalise)
-    _compare(Qwen2MoeTopKRouter(config), recipe)
+    _compare(name, Qwen2MoeTopKRouter(config), recipe)
 
 
-def test_mixtral_renormalises() -> None:
+@EACH
+def test_mixtral_renormalises(name: str) -> None:
     config = MixtralConfig(hidden_size=HIDDEN, num_local_experts=8, num_experts_per_tok=2)
-    _compare(MixtralTopKRouter(config), RouterRecipe(num_experts=8, top_k=2, renormalise=True))
+    _compare(
+        name, MixtralTopKRouter(config), RouterRecipe(num_experts=8, top_k=2, renormalise=True)
+    )
 
 
+@EACH
 @pytest.mark.parametrize(("num_groups", "top_k_groups"), [(1, 1), (8, 3), (4, 1)])
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_sigmoid_with_bias_and_groups(
-    num_groups: int, top_k_groups: int, renormalise: bool
+    name: str, num_groups: int, top_k_groups: int, renormalise: bool
 ) -> None:
     config = DeepseekV3Config(
         hidden_size=HIDDEN,
@@ -80,53 +100,195 @@ def test_sigmoid_with_bias_and_groups(
         renormalise_eps=1e-20,
         scale=2.5,
     )
-    _compare(router, recipe, bias)
+    _compare(name, router, recipe, bias)
 
 
-def test_softmax_after_top_k() -> None:
+@EACH
+def test_softmax_after_top_k(name: str) -> None:
     config = GptOssConfig(hidden_size=HIDDEN, num_local_experts=32, num_experts_per_tok=4)
     router = GptOssTopKRouter(config)
     with torch.no_grad():
         router.bias.normal_()
     recipe = RouterRecipe(num_experts=32, top_k=4, score="softmax_after_top_k")
-    _compare(router, recipe)
+    _compare(name, router, recipe)
 
 
-def test_square_root_of_softplus() -> None:
+@EACH
+def test_square_root_of_softplus(name: str) -> None:
     logits = torch.tensor([[0.0, 3.0, -40.0, 90.0]])
     recipe = RouterRecipe(num_experts=4, top_k=4, score="sqrt_softplus")
-    got = reference.route(logits, recipe)
+    got = kernels(name).route(logits, recipe)
     assert got.expert_ids.tolist() == [[3, 1, 0, 2]]
     want = torch.nn.functional.softplus(logits.double()).sqrt()[0, [3, 1, 0, 2]]
     torch.testing.assert_close(got.weights[0].double(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_ties_go_to_the_lower_id() -> None:
+@EACH
+def test_ties_go_to_the_lower_id(name: str) -> None:
     logits = torch.zeros(3, 64)
     logits[1, 50] = 1.0
-    got = reference.route(logits, RouterRecipe(num_experts=64, top_k=4))
+    got = kernels(name).route(logits, RouterRecipe(num_experts=64, top_k=4))
     assert got.expert_ids.tolist() == [[0, 1, 2, 3], [50, 0, 1, 2], [0, 1, 2, 3]]
 
 
-def test_a_bias_chooses_but_does_not_weigh() -> None:
+@EACH
+def test_a_bias_chooses_but_does_not_weigh(name: str) -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     bias = torch.tensor([0.0, 0.0, 0.0, 5.0])
     recipe = RouterRecipe(num_experts=4, top_k=2, score="sigmoid", has_selection_bias=True)
-    got = reference.route(logits, recipe, bias)
+    got = kernels(name).route(logits, recipe, bias)
     assert got.expert_ids.tolist() == [[0, 3]]
     torch.testing.assert_close(got.weights[0], torch.sigmoid(torch.tensor([2.0, -1.0])))
 
 
-def test_rows_do_not_see_each_other() -> None:
+def _recipes(num_experts: int, top_k: int, num_groups: int = 1) -> list[RouterRecipe]:
+    """Return one recipe for each score, renormalised and not; those with a bias have groups."""
+    return [
+        RouterRecipe(
+            num_experts=num_experts,
+            top_k=top_k,
+            score=score,
+            has_selection_bias=has_bias,
+            num_groups=num_groups if has_bias else 1,
+            top_k_groups=max(1, num_groups // 2) if has_bias else 1,
+            renormalise=has_bias,
+            renormalise_eps=1e-20,
+            scale=2.5 if has_bias else 1.0,
+        )
+        for score in SCORES
+        for has_bias in (False, True)
+    ]
+
+
+def _route(name: str, logits: Tensor, recipe: RouterRecipe, bias: Tensor) -> Routing:
+    return kernels(name).route(logits, recipe, bias if recipe.has_selection_bias else None)
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "num_groups"),
+    [
+        (1, 1, 1), (2, 2, 1), (7, 3, 7), (16, 1, 4), (33, 8, 3), (60, 4, 6), (256, 8, 8),
+        (1000, 31, 10),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("poisoned_integers")
+def test_equals_the_reference_in_float64(
+    name: str, num_experts: int, top_k: int, num_groups: int
+) -> None:
     torch.manual_seed(0)
-    logits, bias = torch.randn(300, 60), torch.randn(60)
-    recipe = RouterRecipe(
-        num_experts=60, top_k=6, score="sigmoid", has_selection_bias=True, num_groups=6,
-        top_k_groups=2, renormalise=True,
-    )  # fmt: skip
-    whole = reference.route(logits, recipe, bias)
-    for rows, threads in subsets(300, seed=3, count=30):
-        torch.set_num_threads(threads)
-        part = reference.route(logits[rows], recipe, bias)
-        assert torch.equal(part.expert_ids, whole.expert_ids[rows])
-        assert same_bits(part.weights, whole.weights[rows])
+    # far apart, so that no choice is decided by rounding
+    levels = torch.linspace(-8, 8, num_experts)
+    logits = torch.stack([levels[torch.randperm(num_experts)] for _ in range(9)])
+    bias = torch.randn(num_experts)
+    for recipe in _recipes(num_experts, top_k, num_groups):
+        for count in (0, 1, 9):
+            got = _route(name, logits[:count], recipe, bias)
+            assert got.weights.dtype == torch.float32
+            assert got.expert_ids.shape == got.weights.shape == (count, top_k)
+            wide = bias.double() if recipe.has_selection_bias else None
+            want = reference.route(logits[:count].double(), recipe, wide)
+            assert torch.equal(got.expert_ids, want.expert_ids), recipe
+            # float32 holds 1 + e^x only to 6e-8, of which the square root is taken
+            atol = 1e-5 if recipe.score == "sqrt_softplus" else 1e-7
+            torch.testing.assert_close(got.weights.double(), want.weights, rtol=1e-5, atol=atol)
+
+
+@EACH
+@pytest.mark.parametrize("num_experts", [64, 256, 1024, 2048])
+def test_rows_do_not_see_each_other(name: str, num_experts: int) -> None:
+    torch.manual_seed(0)
+    # a few distinct logits: ties in plenty, and sums that round
+    logits = torch.randint(-30, 30, (100, num_experts)) / 7 + torch.randn(100, 1)
+    bias = torch.randn(num_experts)
+    recipes = _recipes(num_experts, 6, 8)
+
+    def run(rows: Tensor) -> tuple[Tensor, ...]:
+        found = [_route(name, logits[rows], recipe, bias) for recipe in recipes]
+        # ids are small: as float64 they are themselves
+        return tuple(part for f in found for part in (f.weights, f.expert_ids.double()))
+
+    check_rows(name, 100, num_experts, run)
+
+
+@EACH
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_with_its_token(name: str, bad: float) -> None:
+    torch.manual_seed(0)
+    logits, bias = torch.randn(9, 40), torch.randn(40)
+    broken = logits.clone()
+    broken[2, 7] = bad
+    broken[5] = bad
+    sound = torch.tensor([0, 1, 3, 4, 6, 7, 8])
+    for recipe in _recipes(40, 4, 4):
+        got, want = (_route(name, rows, recipe, bias) for rows in (broken, logits))
+        assert same_bits(got.weights[sound], want.weights[sound])
+        assert torch.equal(got.expert_ids[sound], want.expert_ids[sound])
+        # such a token still goes to experts that there are, to each but once
+        for ids in got.expert_ids.tolist():
+            assert len(set(ids)) == 4
+            assert all(0 <= expert < 40 for expert in ids)
+
+
+@EACH
+def test_strides_do_not_matter(name: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(9, 40)
+    recipe = RouterRecipe(num_experts=40, top_k=4)
+    got = kernels(name).route(logits.t().contiguous().t(), recipe)
+    want = kernels(name).route(logits, recipe)
+    assert same_bits(got.weights, want.weights)
+    counts, rows, places = kernels(name).sort_pairs(got.expert_ids.t().contiguous().t(), 40)
+    for found, expected in zip(
+        (counts, rows, places), kernels(name).sort_pairs(want.expert_ids, 40), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts"),
+    [(0, 2, 5), (1, 1, 1), (1, 8, 9), (7, 3, 64), (300, 8, 17), (40, 1, 1), (5, 4, 1000)],
+)
+@pytest.mark.usefixtures("poisoned_integers")
+def test_pairs_are_sorted_by_expert_then_token(
+    name: str, num_tokens: int, top_k: int, num_experts: int
+) -> None:
+    torch.manual_seed(0)
+    ids = [torch.randperm(num_experts)[:top_k] for _ in range(num_tokens)]
+    expert_ids = torch.stack(ids) if ids else torch.zeros(0, top_k, dtype=torch.int64)
+    counts, row_of_pair, pair_of_choice = kernels(name).sort_pairs(expert_ids, num_experts)
+    assert counts.tolist() == [int((expert_ids == e).sum()) for e in range(num_experts)]
+    pairs = sorted((int(expert_ids[t, c]), t) for t in range(num_tokens) for c in range(top_k))
+    assert row_of_pair.tolist() == [token for _, token in pairs]
+    assert pair_of_choice.shape == (num_tokens, top_k)
+    for token in range(num_tokens):
+        for choice in range(top_k):
+            place = int(pair_of_choice[token, choice])
+            assert pairs[place] == (int(expert_ids[token, choice]), token)
+
+
+@EACH
+@DTYPES
+@pytest.mark.parametrize(("rows", "size"), [(0, 8), (1, 1), (3, 7), (17, 33), (5, 100), (40, 1000)])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_shared_weights_equal_float64(name: str, dtype: torch.dtype, rows: int, size: int) -> None:
+    torch.manual_seed(0)
+    hidden, gate = torch.randn(rows, size).to(dtype), torch.randn(size) * size**-0.5
+    got = kernels(name).shared_weights(hidden, gate)
+    want = torch.sigmoid((hidden.double() * gate.double()).sum(-1))
+    assert got.dtype == torch.float32
+    assert got.shape == (rows,)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@EACH
+@DTYPES
+@pytest.mark.parametrize("size", [64, 256, 1024, 2048])
+def test_shared_weights_do_not_see_other_rows(name: str, dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(0)
+    hidden = (torch.randn(100, size) * 10 ** (torch.rand(100, size) * 4 - 2)).to(dtype)
+    hidden[7, 3] = float("nan")
+    gate = torch.randn(size) / 50
+    check_rows(name, 100, size, lambda rows: (kernels(name).shared_weights(hidden[rows], gate),))
+    assert kernels(name).shared_weights(hidden, gate).isnan().nonzero().tolist() == [[7]]

@@ -18,9 +18,11 @@ from moe_serve.layers.rope import RopeSpec
 from moe_serve.models import checkpoint
 from moe_serve.models.checkpoint import is_finite, load_weights, weights_bytes
 from moe_serve.models.checkpoint_folder import Checkpoint, model_hash
+from moe_serve.models.expert_weights import ExpertWeights
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.models.spec import AttentionSpec, LayerSpec, ModelSpec, Part, WeightSpec
+from tests.kernels.implementations import IMPLEMENTATIONS, kernels
 from tests.models.bad_checkpoints import write_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -72,6 +74,26 @@ def test_real_checkpoints_are_read_to_the_bit(
             box = tuple(slice(a, a + n) for a, n in zip(part.start, sizes, strict=True))
             assert torch.equal(ours[box].reshape(part.shape), stored[part.source].to(ours.dtype))
     assert weights_bytes(spec, dtype) == sum(t.numel() * t.itemsize for t in weights.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_experts_are_read_into_their_records(
+    shared_data: Path, name: str, dtype: torch.dtype
+) -> None:
+    folder = shared_data / "models" / "demo-moe"
+    spec = read_spec(HFConfig.read(folder))
+    plain = load_weights(folder, spec, dtype)
+    into = ExpertWeights(spec, dtype, kernels(name)).plain()
+    assert into
+    seen: list[tuple[int, int]] = []
+    weights = load_weights(
+        folder, spec, dtype, on_progress=lambda *call: seen.append(call), into=into
+    )
+    assert seen[-1][0] == seen[-1][1]
+    for weight in spec.weights:
+        assert torch.equal(weights[weight.name], plain[weight.name])
+        assert (weights[weight.name] is into.get(weight.name)) == (weight.name in into)
 
 
 @pytest.mark.parametrize("held", DTYPES, ids=str)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from moe_serve.models.dummy import dummy_weights
+from moe_serve.models.expert_weights import ExpertWeights
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.models.spec import ModelSpec
+from tests.kernels.implementations import IMPLEMENTATIONS, kernels
 from tests.models.bad_checkpoints import CONFIG
 
 
@@ -30,6 +32,18 @@ def test_all_weights_are_made_in_their_shape_and_dtype(spec: ModelSpec) -> None:
     for weight in spec.weights:
         expected = torch.float32 if weight.is_fp32 else torch.bfloat16
         assert weights[weight.name].dtype == expected
+
+
+def test_tensors_that_are_given_are_filled(spec: ModelSpec) -> None:
+    plain = dummy_weights(spec, torch.bfloat16)
+    for name in IMPLEMENTATIONS:
+        into = ExpertWeights(spec, torch.bfloat16, kernels(name)).plain()
+        assert len(into) == 2 * sum(layer.moe is not None for layer in spec.layers) > 0
+        assert not any(tensor.is_contiguous() for tensor in into.values())
+        weights = dummy_weights(spec, torch.bfloat16, into=into)
+        for weight in spec.weights:
+            assert (weights[weight.name] is into.get(weight.name)) == (weight.name in into)
+            assert torch.equal(weights[weight.name], plain[weight.name])
 
 
 def test_depends_on_name_and_seed_alone(spec: ModelSpec) -> None:

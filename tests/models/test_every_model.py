@@ -14,6 +14,7 @@ from moe_serve.layers.moe import MoeLayer
 from moe_serve.layers.router import Router
 from moe_serve.models.registry import model_types
 from moe_serve.types import Routing
+from tests.kernels.implementations import DTYPES, EACH, EACH_NATIVE, IMPLEMENTATIONS, kernels
 from tests.models import tiny
 
 TOLERANCE = 1e-4
@@ -32,6 +33,7 @@ def test_every_type_has_a_tiny_config() -> None:
 
 @MODEL_TYPES
 def test_logits_and_routing_equal_transformers(model_type: str, tmp_path: Path) -> None:
+    """In every implementation: they share the checkpoint and transformers' run of it."""
     theirs = tiny.save_checkpoint(tmp_path, model_type)
     token_ids = _token_ids()
     their_choices: list[Tensor] = []
@@ -45,16 +47,16 @@ def test_logits_and_routing_equal_transformers(model_type: str, tmp_path: Path) 
     with torch.no_grad():
         want = theirs(torch.tensor([token_ids])).logits[0]
 
-    decoder = tiny.load_decoder(tmp_path)
-    our_choices: list[Tensor] = []
-    _watch_routers(decoder, our_choices)
-    got = tiny.logits_in_chunks(decoder, token_ids, [LENGTH])
-
-    assert float((got - want).abs().max()) < TOLERANCE
-    num_moe = sum(layer.moe is not None for layer in decoder.spec.layers)
-    assert len(our_choices) == len(their_choices) == num_moe
-    for ours, other in zip(our_choices, their_choices, strict=True):
-        assert torch.equal(ours, other)
+    for name in IMPLEMENTATIONS:
+        decoder = tiny.load_decoder(tmp_path, kernels=kernels(name))
+        our_choices: list[Tensor] = []
+        _watch_routers(decoder, our_choices)
+        got = tiny.logits_in_chunks(decoder, token_ids, [LENGTH])
+        assert float((got - want).abs().max()) < TOLERANCE, name
+        num_moe = sum(layer.moe is not None for layer in decoder.spec.layers)
+        assert len(our_choices) == len(their_choices) == num_moe
+        for ours, other in zip(our_choices, their_choices, strict=True):
+            assert torch.equal(ours, other), name
 
 
 def _watch_routers(decoder: Any, choices: list[Tensor]) -> None:
@@ -73,10 +75,14 @@ def _watch_routers(decoder: Any, choices: list[Tensor]) -> None:
             layer.mlp.router = watched(layer.mlp.router)
 
 
+@EACH
+@DTYPES
 @MODEL_TYPES
-def test_prefill_and_decode_are_the_bits_of_one_pass(model_type: str, tmp_path: Path) -> None:
+def test_prefill_and_decode_are_the_bits_of_one_pass(
+    name: str, dtype: torch.dtype, model_type: str, tmp_path: Path
+) -> None:
     tiny.save_checkpoint(tmp_path, model_type)
-    decoder = tiny.load_decoder(tmp_path)
+    decoder = tiny.load_decoder(tmp_path, dtype, kernels(name))
     token_ids = _token_ids(1)
     whole = tiny.logits_in_chunks(decoder, token_ids, [LENGTH])
     for chunks in ([1] * LENGTH, [7, 64, 1, 1, 40, 37], [149, 1]):
@@ -146,11 +152,32 @@ def test_scaled_rotary_embeddings_equal_transformers(rope: dict[str, Any], tmp_p
     assert float((got - want).abs().max()) < TOLERANCE
 
 
-def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+@EACH
+def test_bfloat16_stays_near_float32(name: str, tmp_path: Path) -> None:
     tiny.save_checkpoint(tmp_path, "qwen3")
     narrow, wide = (
-        tiny.logits_in_chunks(tiny.load_decoder(tmp_path, dtype), _token_ids(), [LENGTH])
+        tiny.logits_in_chunks(
+            tiny.load_decoder(tmp_path, dtype, kernels(name)), _token_ids(), [LENGTH]
+        )
         for dtype in (torch.bfloat16, torch.float32)
     )
     # a dense model: experts that change places would make this a test of routing
     assert float((narrow - wide).abs().mean()) < 0.02 * float(wide.abs().mean()) + 0.02
+
+
+@EACH_NATIVE
+@MODEL_TYPES
+def test_bfloat16_is_as_near_to_float32_as_the_reference_s(
+    name: str, model_type: str, tmp_path: Path
+) -> None:
+    tiny.save_checkpoint(tmp_path, model_type)
+
+    def logits(implementation: str, dtype: torch.dtype) -> Tensor:
+        decoder = tiny.load_decoder(tmp_path, dtype, kernels(implementation))
+        return tiny.logits_in_chunks(decoder, _token_ids(), [LENGTH])
+
+    exact = logits("reference", torch.float32)
+    ours, theirs = (
+        float((logits(kind, torch.bfloat16) - exact).abs().mean()) for kind in (name, "reference")
+    )
+    assert ours < 1.2 * theirs + 0.001

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_serve.kernels import suite
+from moe_serve.kernels.suite import Kernels
 from moe_serve.models.checkpoint import load_weights
-from moe_serve.models.decoder import Decoder
+from moe_serve.models.decoder import Decoder, build_decoder
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.types import ForwardBatch
@@ -74,10 +76,61 @@ def save_checkpoint(
     return model
 
 
-def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """Load a checkpoint as the engine does."""
+def load_decoder(
+    folder: Path, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None
+) -> Decoder:
+    """Load a checkpoint as the engine does; kernels: None for the best there are."""
     spec = read_spec(HFConfig.read(folder))
-    return Decoder(spec, load_weights(folder, spec, dtype), suite.load("auto"), CONTEXT)
+    return build_decoder(
+        spec,
+        dtype,
+        kernels or suite.load(),
+        CONTEXT,
+        lambda into: load_weights(folder, spec, dtype, into=into),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens `start` .. + `length` of a sequence, whose blocks are given for each cache group."""
+
+    token_ids: list[int]
+    start: int
+    length: int
+    blocks: tuple[list[int], ...]
+
+
+def batch_of(runs: list[Run], block_size: int) -> ForwardBatch:
+    """Lay out a step; every token is sampled."""
+    positions = [torch.arange(run.start, run.start + run.length) for run in runs]
+    lengths = torch.tensor([run.length for run in runs])
+    slots, tables = [], []
+    for group in range(len(runs[0].blocks)):
+        rows = [torch.tensor(run.blocks[group]) for run in runs]
+        slots += [
+            torch.cat(
+                [
+                    row[at // block_size] * block_size + at % block_size
+                    for row, at in zip(rows, positions, strict=True)
+                ]
+            )
+        ]
+        table = torch.zeros(len(runs), max(map(len, rows)), dtype=torch.int32)
+        for index, row in enumerate(rows):
+            table[index, : len(row)] = row
+        tables.append(table)
+    tokens = [token for run in runs for token in run.token_ids[run.start : run.start + run.length]]
+    return ForwardBatch(
+        token_ids=torch.tensor(tokens),
+        positions=torch.cat(positions),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(runs)), lengths),
+        query_lens=tuple(run.length for run in runs),
+        context_lens=tuple(run.start + run.length for run in runs),
+        slot_mapping=tuple(slots),
+        block_tables=tuple(tables),
+        block_size=block_size,
+        sample_rows=torch.arange(len(tokens)),
+    )
 
 
 def logits_in_chunks(decoder: Decoder, token_ids: list[int], chunks: list[int]) -> Tensor:
@@ -86,23 +139,12 @@ def logits_in_chunks(decoder: Decoder, token_ids: list[int], chunks: list[int]) 
     num_blocks = -(-len(token_ids) // block_size)
     num_groups = len(decoder.groups)
     caches = decoder.allocate_caches((num_blocks,) * num_groups, block_size)
-    table = torch.arange(1, num_blocks + 1, dtype=torch.int32)[None]
+    blocks = (list(range(1, num_blocks + 1)),) * num_groups
     parts = []
     start = 0
     with torch.inference_mode():
         for length in chunks:
-            positions = torch.arange(start, start + length)
-            batch = ForwardBatch(
-                token_ids=torch.tensor(token_ids[start : start + length]),
-                positions=positions,
-                sequence_ids=torch.zeros(length, dtype=torch.int64),
-                query_lens=(length,),
-                context_lens=(start + length,),
-                slot_mapping=(positions + block_size,) * num_groups,
-                block_tables=(table,) * num_groups,
-                block_size=block_size,
-                sample_rows=torch.arange(length),
-            )
+            batch = batch_of([Run(token_ids, start, length, blocks)], block_size)
             parts.append(decoder.logits(decoder.forward(batch, caches)))
             start += length
     return torch.cat(parts)

@@ -131,10 +131,12 @@ def pack(weight: Tensor) -> Tensor:
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply each row with a packed weight.
 
-    rows: [num_rows, in_features]; weight: `pack` of [out_features, in_features]; bias:
-    [out_features]. Returns [num_rows, out_features], in the dtype of the rows.
+    rows: [num_rows, in_features], of the weight's dtype or a narrower one; weight: `pack` of
+    [out_features, in_features]; bias: [out_features]. Returns [num_rows, out_features], in the
+    dtype of the weight.
     """
     num_rows = rows.shape[0]
+    rows = rows.to(weight.dtype)
     table = padded_counts(weight)
     wanted = table[num_rows] if num_rows < len(table) else num_rows
     if wanted != num_rows:
@@ -143,3 +145,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     multiplier(weight)(rows, weight, out)
     out = out[:num_rows]
     return out if bias is None else out + bias
+
+
+def gather(weight: Tensor, ids: Tensor) -> Tensor:
+    """Return rows `ids`, int64 [num_ids], of a packed weight: [num_ids, in_features]."""
+    return weight[ids]

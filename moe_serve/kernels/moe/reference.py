@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_serve.kernels.linear.reference import multiplier, padded_counts
+from moe_serve.kernels.moe.base import HEADER_BYTES, ExpertTable, plain_weights
 
+RECORD_LAYOUT = 0  # of a record's header: plain rows
 # rows of float32 that are worked on at once, so that they stay in a core's cache
 _CACHED_ROWS = 256
 
@@ -29,17 +31,51 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def moe(
-    hidden: Tensor, row_of_pair: Tensor, counts: list[int], gate_up: Tensor, down: Tensor
-) -> Tensor:
+def record_bytes(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> int:
+    """Return the size of one expert's record, its header included."""
+    return HEADER_BYTES + 3 * hidden_size * intermediate_size * dtype.itemsize
+
+
+def pack_records_(
+    records: Tensor, hidden_size: int, intermediate_size: int, dtype: torch.dtype
+) -> None:
+    """Bring plain records, uint8 [num_slots, record_bytes], into the form of `moe`: as they are.
+
+    Asks the library about the weights' shapes, so that the first request need not wait for it.
+    """
+    gate_up, down = plain_weights(records, hidden_size, intermediate_size, dtype)
+    padded_counts(gate_up[0], down[0])
+
+
+def moe(hidden: Tensor, row_of_pair: Tensor, counts: Tensor, experts: ExpertTable) -> Tensor:
     """Run each expert on its rows.
 
     hidden: [num_rows, hidden_size]. row_of_pair: int64 [num_pairs], the row of each (token, expert)
-    pair, pairs sorted by expert; counts: pairs of each expert. gate_up: [num_experts,
-    2 * intermediate_size, hidden_size]; down: [num_experts, hidden_size, intermediate_size].
-    Returns [num_pairs, hidden_size], in the order of the pairs.
+    pair, pairs sorted by expert; counts: int64 [num_experts], pairs of each expert; those that have
+    any must be resident. Returns [num_pairs, hidden_size], in the order of the pairs.
     """
-    active = [(expert, count) for expert, count in enumerate(counts) if count]
+    experts.uses.add_(counts)
+    gate_up, down = plain_weights(
+        experts.records, experts.hidden_size, experts.intermediate_size, experts.dtype
+    )
+    slots = experts.slot_of_expert.tolist()
+    return _run(
+        hidden,
+        row_of_pair,
+        [(slots[expert], count) for expert, count in enumerate(counts.tolist()) if count],
+        gate_up,
+        down,
+    )
+
+
+def _run(
+    hidden: Tensor,
+    row_of_pair: Tensor,
+    active: list[tuple[int, int]],
+    gate_up: Tensor,
+    down: Tensor,
+) -> Tensor:
+    """Run the experts in some slots; active: (slot, pairs), in the order of the pairs."""
     table = padded_counts(gate_up[0], down[0])
     sizes = [table[count] if count < len(table) else count for _, count in active]
     is_padded = any(size != count for size, (_, count) in zip(sizes, active, strict=True))
@@ -54,17 +90,17 @@ def moe(
     both = rows.new_empty(total, gate_up.shape[1])
     multiply = multiplier(gate_up[0])
     start = 0
-    for (expert, _), size in zip(active, sizes, strict=True):
+    for (slot, _), size in zip(active, sizes, strict=True):
         part = slice(start, start + size)
-        multiply(rows[part], gate_up[expert], both[part])
+        multiply(rows[part], gate_up[slot], both[part])
         start += size
     inner = silu_and_mul(both)  # [total, intermediate_size]
     out = rows  # not needed any more: the same size
     multiply = multiplier(down[0])
     start = 0
-    for (expert, _), size in zip(active, sizes, strict=True):
+    for (slot, _), size in zip(active, sizes, strict=True):
         part = slice(start, start + size)
-        multiply(inner[part], down[expert], out[part])
+        multiply(inner[part], down[slot], out[part])
         start += size
     return out if place is None else out[place]
 

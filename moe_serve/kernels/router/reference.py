@@ -66,3 +66,27 @@ def _mask_groups(choice: Tensor, recipe: RouterRecipe) -> Tensor:
     best = torch.sort(group_scores, dim=-1, descending=True, stable=True).indices
     is_kept = F.one_hot(best[:, : recipe.top_k_groups], recipe.num_groups).sum(1).bool()
     return grouped.masked_fill(~is_kept.unsqueeze(-1), float("-inf")).view_as(choice)
+
+
+def sort_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the pairs (token, choice) of `expert_ids`, [num_tokens, top_k], by expert.
+
+    Within an expert the tokens keep their order. Returns counts [num_experts], row_of_pair
+    [num_pairs], the token of each sorted pair, and pair_of_choice [num_tokens, top_k], where each
+    choice went; all int64.
+    """
+    flat = expert_ids.flatten()
+    order = torch.sort(flat, stable=True).indices  # [num_pairs]
+    pair_of_choice = torch.empty_like(order)
+    pair_of_choice[order] = torch.arange(order.shape[0], device=order.device)
+    counts = torch.bincount(flat, minlength=num_experts)
+    return counts, order // expert_ids.shape[1], pair_of_choice.view_as(expert_ids)
+
+
+def shared_weights(hidden: Tensor, gate: Tensor) -> Tensor:
+    """Return the sigmoid of each row's product with `gate`, float32 [num_rows] (Qwen2-MoE).
+
+    hidden: [num_rows, size]; gate: float32 [size]. A plain sum over the row, which does not depend
+    on other rows.
+    """
+    return sigmoid((hidden.float() * gate).sum(-1))

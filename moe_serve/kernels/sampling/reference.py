@@ -23,6 +23,10 @@ NUM_NOISE_BITS = 31
 # Maps 0 .. 2^31 - 1, which float32 rounds up to 2^31, into (0, 1): the largest gives 1 - 2^-24.
 NOISE_SCALE = (1 - 2.0**-24) / 2.0**NUM_NOISE_BITS
 
+# Logits that are worked on at once: what device memory can spare, or what a core's cache holds.
+MAX_ELEMENTS_DEVICE = 2**26
+MAX_ELEMENTS_CPU = 2**19
+
 _LOW_32 = 0xFFFFFFFF
 _MAX_ID = 0x7FFFFFFF
 
@@ -143,6 +147,60 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(-1)  # torch gives the first of equals
 
 
+def greedy_checked(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `greedy` and `is_finite` do, each [num_rows]; all that a greedy step needs.
+
+    Where a NaN is among a row's logits its token means nothing. May sync the host.
+    """
+    return greedy(logits), is_finite(logits)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    keys: Tensor,
+    hashes: Tensor,
+) -> Tensor:
+    """Sample a token of each row from the softmax that the filters leave: int64 [num_rows].
+
+    In this order: the temperature, min_p (see `scaled_logits`), top_k and top_p (see `survivors`);
+    then the largest logit plus Gumbel noise.
+
+    logits: float32 [num_rows, vocab_size], the largest of each row finite. temperature (above 0)
+    and min_p (0 to 1): float32; top_k (at least 1; vocab_size or more for all): int64; top_p
+    (above 0; 1 for all): float64, all [num_rows]. keys: int32 [num_rows, 2], from `row_keys`.
+    hashes: int32 [vocab_size], from `token_hashes`. Syncs the host.
+    """
+    num_rows, vocab_size = logits.shape
+    most = MAX_ELEMENTS_CPU if logits.device.type == "cpu" else MAX_ELEMENTS_DEVICE
+    rows_at_once = max(1, most // vocab_size)
+    chosen = torch.empty_like(top_k)
+    for start in range(0, num_rows, rows_at_once):
+        part = slice(start, start + rows_at_once)
+        scaled = scaled_logits(logits[part], temperature[part, None], min_p[part, None])
+        _choose_into(chosen[part], scaled, top_k[part], top_p[part], keys[part], hashes)
+    return chosen
+
+
+def _choose_into(
+    chosen: Tensor, scaled: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor, hashes: Tensor
+) -> None:
+    """Choose what `sample` returns into `chosen`; `scaled`, from `scaled_logits`, is used up."""
+    is_filtered = (top_k < scaled.shape[-1]) | (top_p < 1)
+    if not is_filtered.any():
+        chosen[:] = choose(scaled, keys, hashes)
+        return
+    plain, filtered = (mask.nonzero().squeeze(1) for mask in (~is_filtered, is_filtered))
+    if plain.numel():
+        chosen[plain] = choose(scaled[plain], keys[plain], hashes)
+        scaled, keys = scaled[filtered], keys[filtered]
+    for rows, ids, num_kept in survivors(scaled, top_k[filtered], top_p[filtered]):
+        chosen[filtered[rows]] = choose_among(scaled[rows], ids, num_kept, keys[rows], hashes)
+
+
 def scaled_logits(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
     """Divide by the temperature, and forbid what is less likely than min_p times the best token.
 
@@ -237,7 +295,9 @@ def choose_among(
 # Logprobs
 
 
-def chosen_logprobs(logits: Tensor, token_ids: Tensor, top: int) -> tuple[Tensor, ...]:
+def chosen_logprobs(
+    logits: Tensor, token_ids: Tensor, top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Look up what the model itself gave the chosen tokens, and which it found most likely.
 
     logits: float32 [num_rows, vocab_size]; token_ids: int64 [num_rows].

@@ -1,0 +1,97 @@
+// What is handed over in structures: plain C, the same for all instruction sets. Python's copies
+// are in the cpu.py of each kernel, and in forward/cpu.py; ms_sizes lets it check that they agree.
+#pragma once
+
+namespace ms {
+
+// A weight packed by linear.h, [out_features, in_features]; bias: [out_features], or null.
+struct LinearWeights {
+    const void* packed;
+    const void* bias;
+    int64_t out_features, in_features;
+};
+
+// How a layer's projection becomes what attention reads.
+struct HeadsArguments {
+    int64_t num_heads, num_kv_heads, head_dim;
+    const void *query_norm, *key_norm;  // weights, or null
+    const float *cos, *sin;             // [max_model_len, head_dim / 2]
+    int32_t is_norm_full;               // over all heads at once, not over each
+    float norm_eps;
+    float clip;  // bounds of what the projection gave; 0: none
+};
+
+enum RouterScore : int32_t { kSoftmax, kSigmoid, kSoftmaxAfterTopK, kSqrtSoftplus };
+
+// RouterRecipe of types.py.
+struct RouterArguments {
+    int32_t score;
+    int32_t num_experts, top_k;
+    int32_t num_groups, top_k_groups, group_score_top;
+    int32_t renormalise;
+    float renormalise_eps;
+    float scale;
+    const float* selection_bias;  // [num_experts], or null
+};
+
+// One layer's experts: where their records are, and counts of their use.
+struct ExpertTable {
+    const char* records;
+    int64_t record_bytes;
+    const int32_t* slot_of_expert;  // [num_experts]
+    int64_t* uses;                  // [num_experts], or null
+    int64_t num_experts, hidden_size, intermediate_size;
+};
+
+// Queries of one sequence that are computed together: tokens first_row .. + count of the batch, at
+// positions first_position .. + count.
+struct AttentionTile {
+    int32_t sequence, first_row, first_position, count;
+};
+
+// What all layers of a cache group share in a step.
+struct AttentionPlan {
+    int64_t num_tiles;
+    const AttentionTile* tiles;
+    const int32_t* block_table;  // [num_seqs, table_stride]
+    int64_t table_stride;
+    int32_t block_size;
+    int32_t window;  // 0: none
+};
+
+struct LayerArguments {
+    const void* attention_norm;
+    const void* mlp_norm;
+    LinearWeights qkv, output;
+    HeadsArguments heads;
+    void *key_cache, *value_cache;  // [num_kv_heads, num_slots, head_dim]
+    int64_t num_slots;
+    float scale;
+    int32_t group;  // cache group
+    int32_t is_moe;
+    LinearWeights gate_up, down;  // a dense MLP, or the shared expert (packed null: none)
+    LinearWeights router_weights;  // float
+    RouterArguments router;
+    ExpertTable experts;
+    const float* shared_gate;  // [hidden_size], or null
+};
+
+struct ModelArguments {
+    int64_t num_layers;
+    const LayerArguments* layers;
+    const void* embedding;
+    const void* norm;
+    int64_t hidden_size;
+    float norm_eps;
+    int32_t is_embedding_packed;
+};
+
+// token_ids, positions: [num_tokens]; slots and plans: one for each cache group.
+struct StepArguments {
+    int64_t num_tokens;
+    const int64_t *token_ids, *positions;
+    const int64_t* const* slots;
+    const AttentionPlan* plans;
+};
+
+}  // namespace ms

@@ -1,0 +1,11 @@
+// All kernels of one instruction set; included inside its namespace.
+#include "vec.h"
+#include "gemm.h"
+#include "team.h"
+#include "linear.h"
+#include "moe.h"
+#include "rows.h"
+#include "router.h"
+#include "attention.h"
+#include "sampling.h"
+#include "forward.h"

@@ -1,0 +1,26 @@
+"""Where the native library must be there, its tests may not be skipped for want of it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from moe_serve.kernels.native import library
+from tests.kernels.implementations import IMPLEMENTATIONS, NATIVE, kernels
+
+
+def test_the_native_library_is_there_in_ci() -> None:
+    if os.environ.get("CI") != "true":
+        pytest.skip("asked of CI only; without the library the tests of native code are skipped")
+    if os.environ.get("TEST_WITHOUT_NATIVE") == "1":
+        assert NATIVE == (), "TEST_WITHOUT_NATIVE=1, but there is a native library"
+    else:
+        library.open_library()  # raises what is wrong with it
+        assert "cpu-plain" in NATIVE
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_tests_run_what_they_name(name: str) -> None:
+    found = kernels(name)
+    assert name == (found.name if found.isa is None else f"{found.name}-{found.isa}")
