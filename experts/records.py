@@ -31,8 +31,9 @@ _UNQUANTISED = 0
 class RecordHeader:
     """What a record says of itself.
 
-    layout: an instruction set's packing, "plain" before that; record_bytes: header, weights and
-    padding; crc32: of the weights as they are packed, 0 where it was not taken (in memory).
+    layout: the kernels' `record_layout` (0: plain rows, 1: the native kernels' tiles).
+    record_bytes: header, weights and padding. crc32: of the weights as they are packed, 0 where it
+    was not taken (in memory).
     """
 
     layout: int

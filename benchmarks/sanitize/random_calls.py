@@ -20,8 +20,10 @@ from torch import Tensor
 
 from benchmarks.sanitize.random_models import forward
 from benchmarks.sanitize.random_shapes import count_of, dtype_of, size_of
+from moe_serve.experts import records
 from moe_serve.kernels import suite
 from moe_serve.kernels.forward import cpu as forward_cpu
+from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.moe.base import ExpertTable, plain_weights
 from moe_serve.kernels.native import library
 from moe_serve.kernels.rope.base import Heads
@@ -237,12 +239,20 @@ def check(call: Call, kernels: Kernels, chance: random.Random) -> None:
             raise ValueError(f"{call.__name__}, {kernels.numerics_id}: result {index} not finite")
 
 
+def _exact(num_bytes: int) -> torch.Tensor:
+    """Allocate zeros of which the sanitizer knows the end."""
+    return torch.zeros(num_bytes, dtype=torch.uint8)
+
+
 def main() -> None:
     path, seconds, seed = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     chance = random.Random(seed)
     torch.manual_seed(seed)
     # one byte more than the work space must be past it
     mock.patch.object(forward_cpu, "_WORKSPACE_STEP", 1).start()
+    # and past a packed weight or an arena, which otherwise lie in pages of their own
+    for module in (linear_cpu, records):
+        mock.patch.object(module, "allocate", _exact).start()
     with mock.patch.object(library, "built_path", return_value=path):
         isas = library.supported_isas(library.open_library())
         sets = [suite.load("cpu", isa) for isa in isas]

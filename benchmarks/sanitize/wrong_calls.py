@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 from moe_serve.kernels.native import library
-from moe_serve.kernels.native.library import DTYPE_CODES, Native
+from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.pointers import dtype_code
 
 ROWS, OUT_FEATURES, IN_FEATURES = 3, 33, 65
 
 
 def _linear(native: Native, short: str, dtype: torch.dtype) -> None:
     """Multiply, with one element missing from what `short` names."""
-    code = DTYPE_CODES[dtype]
+    code = dtype_code(dtype)
     sizes = {
         "weight": OUT_FEATURES * IN_FEATURES,
         "packed": native.function("packed_elements", "ill", "l")(code, OUT_FEATURES, IN_FEATURES),

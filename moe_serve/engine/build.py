@@ -46,6 +46,8 @@ def build_engine(
         torch.set_num_threads(config.runtime.threads)
     policy = plugin.load("moe_serve.engine.policies", config.scheduler.scheduling_policy).build()
     kernels = suite.load(config.runtime.kernels, config.runtime.isa)
+    if not config.runtime.fused and kernels.build_forward is None:
+        logger.warning("fused=False has no effect: the %s kernels run one by one", kernels.name)
     hf_config = HFConfig.read(folder)
     spec = read_spec(hf_config)
     dtype = _dtype(config.weights.dtype, hf_config.dtype)

@@ -35,8 +35,6 @@ from moe_serve.types import Routing
 logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "cpu", "reference")
-# dtypes that the native kernels have
-CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,8 @@ class Decoder:
             self._build_layer(index, layer, weights) for index, layer in enumerate(spec.layers)
         ]
         self._norm = weights.pop("norm")
-        self.embedding: Tensor | None = None if spec.is_embedding_tied else embedding
+        # tied, the embedding is gathered from the packed head
+        self.embedding = None if spec.is_embedding_tied else embedding
         head = embedding if spec.is_embedding_tied else weights.pop("head")
         self._head = Linear(kernels, head)
         assert not weights, f"weights that no part took: {sorted(weights)}"

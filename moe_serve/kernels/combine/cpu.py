@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.native.library import DTYPE_CODES, Native
+from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.pointers import dtype_code, empty, pointer, pointer_or_null
 
 
 def build(native: Native) -> Callable[..., Tensor]:
@@ -22,22 +23,23 @@ def build(native: Native) -> Callable[..., Tensor]:
         shared_weights: Tensor | None = None,
     ) -> Tensor:
         num_tokens, top_k = weights.shape
+        dtype, size = rows.dtype, rows.shape[1]
         rows, pair_of_choice = rows.contiguous(), pair_of_choice.contiguous()
         weights = weights.contiguous()
         shared = None if shared is None else shared.contiguous()
-        out = torch.empty(num_tokens, rows.shape[1], dtype=rows.dtype)
+        out = empty(num_tokens, size, dtype=dtype)
         function(
             torch.get_num_threads(),
-            DTYPE_CODES[rows.dtype],
-            rows.data_ptr(),
-            pair_of_choice.data_ptr(),
-            weights.data_ptr(),
+            dtype_code(dtype),
+            pointer(rows, dtype),
+            pointer(pair_of_choice, torch.int64),
+            pointer(weights, torch.float32),
             num_tokens,
             top_k,
-            rows.shape[1],
-            None if shared is None else shared.data_ptr(),
-            None if shared_weights is None else shared_weights.data_ptr(),
-            out.data_ptr(),
+            size,
+            pointer_or_null(shared, dtype),
+            pointer_or_null(shared_weights, torch.float32),
+            pointer(out, dtype),
         )
         return out
 

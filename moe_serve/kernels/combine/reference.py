@@ -31,7 +31,7 @@ def combine(
     for start in range(0, num_tokens, _CACHED_ROWS):
         part = slice(start, start + _CACHED_ROWS)
         pairs, factors = pair_of_choice[part], weights[part]
-        total = torch.zeros(pairs.shape[0], rows.shape[1], device=rows.device)
+        total = torch.zeros(pairs.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
         for choice in range(top_k):
             total += rows[pairs[:, choice]].float().mul_(factors[:, choice : choice + 1])
         if shared is not None:

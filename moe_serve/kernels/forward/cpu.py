@@ -17,7 +17,8 @@ from torch import Tensor
 from moe_serve.kernels.forward.base import LayerPart, LinearPart, ModelPart
 from moe_serve.kernels.linear.cpu import PackedWeight
 from moe_serve.kernels.moe.cpu import ExpertTableArguments
-from moe_serve.kernels.native.library import DTYPE_CODES, Native
+from moe_serve.kernels.native.library import Native, NotBuilt
+from moe_serve.kernels.native.pointers import dtype_code, empty, pointer, pointer_or_null
 from moe_serve.kernels.paged_attention.cpu import AttentionPlan, Plan
 from moe_serve.kernels.rope.cpu import HeadsArguments
 from moe_serve.kernels.router.cpu import RouterArguments
@@ -87,11 +88,12 @@ class Forward:
         self._bytes = native.function("forward_bytes", "ipp", "l")
         sizes = native.machine_function("sizes", "i", "l")
         for index, kind in enumerate((_Layer, _Model, _Step, AttentionPlan)):
-            assert sizes(index) == ctypes.sizeof(kind), f"{kind.__name__} is not arguments.h's"
+            if sizes(index) != ctypes.sizeof(kind):
+                raise NotBuilt(f"{kind.__name__} is not the library's; install again")
         self._kept = model
         self._dtype = model.norm.dtype
         self._hidden_size = model.norm.shape[0]
-        layers = (_Layer * len(model.layers))(*(_layer(part) for part in model.layers))
+        layers = (_Layer * len(model.layers))(*(_layer(part, self._dtype) for part in model.layers))
         is_packed = isinstance(model.embedding, PackedWeight)
         table = (
             model.embedding.data if isinstance(model.embedding, PackedWeight) else model.embedding
@@ -99,13 +101,14 @@ class Forward:
         self._model = _Model(
             len(layers),
             layers,
-            table.data_ptr(),
-            model.norm.data_ptr(),
+            pointer(table, self._dtype),
+            pointer(model.norm, self._dtype),
             self._hidden_size,
             model.norm_eps,
             is_packed,
         )
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._code = dtype_code(self._dtype)
+        self._workspace = empty(0, dtype=torch.uint8)
 
     def __call__(
         self,
@@ -122,21 +125,25 @@ class Forward:
         num_tokens = token_ids.shape[0]
         step = _Step(
             num_tokens,
-            token_ids.data_ptr(),
-            positions.data_ptr(),
-            (ctypes.c_void_p * len(slots))(*(part.data_ptr() for part in slots)),
+            pointer(token_ids, torch.int64),
+            pointer(positions, torch.int64),
+            (ctypes.c_void_p * len(slots))(*(pointer(part, torch.int64) for part in slots)),
             (AttentionPlan * len(plans))(*(plan.arguments for plan in plans)),
         )
-        code = DTYPE_CODES[self._dtype]
         model, at = ctypes.addressof(self._model), ctypes.addressof(step)
-        needed = self._bytes(code, model, at)
+        needed = self._bytes(self._code, model, at)
         if needed > self._workspace.shape[0]:
-            self._workspace = torch.empty(0, dtype=torch.uint8)  # first give back what there was
+            self._workspace = empty(0, dtype=torch.uint8)  # first give back what there was
             rounded = -(-needed // _WORKSPACE_STEP) * _WORKSPACE_STEP
-            self._workspace = torch.empty(rounded, dtype=torch.uint8)
-        out = torch.empty(num_tokens, self._hidden_size, dtype=self._dtype)
+            self._workspace = empty(rounded, dtype=torch.uint8)
+        out = empty(num_tokens, self._hidden_size, dtype=self._dtype)
         self._forward(
-            torch.get_num_threads(), code, model, at, self._workspace.data_ptr(), out.data_ptr()
+            torch.get_num_threads(),
+            self._code,
+            model,
+            at,
+            self._workspace.data_ptr(),
+            pointer(out, self._dtype),
         )
         return out
 
@@ -146,36 +153,40 @@ def builder(native: Native) -> Callable[[ModelPart], Forward]:
     return lambda model: Forward(native, model)
 
 
-def _linear(part: LinearPart | None) -> _Linear:
+def _linear(part: LinearPart | None, dtype: torch.dtype) -> _Linear:
     if part is None:
         return _Linear()
-    bias = None if part.bias is None else part.bias.data_ptr()
     weight = part.weight
-    return _Linear(weight.data.data_ptr(), bias, weight.out_features, weight.in_features)
+    return _Linear(
+        pointer(weight.data, dtype),
+        pointer_or_null(part.bias, dtype),
+        weight.out_features,
+        weight.in_features,
+    )
 
 
-def _layer(part: LayerPart) -> _Layer:
+def _layer(part: LayerPart, dtype: torch.dtype) -> _Layer:
     values: dict[str, Any] = {
-        "attention_norm": part.attention_norm.data_ptr(),
-        "mlp_norm": part.mlp_norm.data_ptr(),
-        "qkv": _linear(part.qkv),
-        "output": _linear(part.output),
-        "heads": HeadsArguments.of(part.heads),
-        "key_cache": part.key_cache.data_ptr(),
-        "value_cache": part.value_cache.data_ptr(),
+        "attention_norm": pointer(part.attention_norm, dtype),
+        "mlp_norm": pointer(part.mlp_norm, dtype),
+        "qkv": _linear(part.qkv, dtype),
+        "output": _linear(part.output, dtype),
+        "heads": HeadsArguments.of(part.heads, dtype),
+        "key_cache": pointer(part.key_cache, dtype),
+        "value_cache": pointer(part.value_cache, dtype),
         "num_slots": part.key_cache.shape[1],
         "scale": part.scale,
         "group": part.group,
-        "gate_up": _linear(part.gate_up),
-        "down": _linear(part.down),
+        "gate_up": _linear(part.gate_up, dtype),
+        "down": _linear(part.down, dtype),
     }
     if part.moe is not None:
         values |= {
             "is_moe": 1,
-            "router_weights": _linear(part.moe.router),
+            "router_weights": _linear(part.moe.router, torch.float32),
             "router": RouterArguments.of(part.moe.recipe, part.moe.selection_bias),
             "experts": ExpertTableArguments.of(part.moe.experts),
         }
         if part.moe.shared_gate is not None:
-            values["shared_gate"] = part.moe.shared_gate.data_ptr()
+            values["shared_gate"] = pointer(part.moe.shared_gate, torch.float32)
     return _Layer(**values)

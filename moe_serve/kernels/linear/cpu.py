@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.native.library import DTYPE_CODES, Native
+from moe_serve.kernels.native.library import Native
 from moe_serve.kernels.native.memory import allocate
+from moe_serve.kernels.native.pointers import dtype_code, empty, pointer, pointer_or_null
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,45 +33,59 @@ class LinearKernels:
 
     def pack(self, weight: Tensor) -> PackedWeight:
         """Return a packed copy of `weight`, [out_features, in_features]."""
-        code = DTYPE_CODES[weight.dtype]
+        code = dtype_code(weight.dtype)
         out_features, in_features = weight.shape
         count = self._packed_elements(code, out_features, in_features)
         data = allocate(count * weight.dtype.itemsize).view(weight.dtype)
         plain = weight.contiguous()
         threads = torch.get_num_threads()
-        self._pack(threads, code, plain.data_ptr(), out_features, in_features, data.data_ptr())
+        self._pack(
+            threads,
+            code,
+            pointer(plain, data.dtype),
+            out_features,
+            in_features,
+            pointer(data, data.dtype),
+        )
         return PackedWeight(data, out_features, in_features)
 
     def linear(self, rows: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         num_rows, in_features = rows.shape
         assert in_features == weight.in_features, (rows.shape, weight.in_features)
+        dtype = weight.data.dtype
+        is_router = rows.dtype == torch.bfloat16 and dtype == torch.float32
+        if not is_router:
+            rows = rows.to(dtype)
         rows = rows.contiguous()
-        out = torch.empty(num_rows, weight.out_features, dtype=weight.data.dtype)
-        # rows of bfloat16 and a weight of float32 have a function of their own
-        function = self._linear if rows.dtype == weight.data.dtype else self._router_linear
+        bias = None if bias is None else bias.to(dtype).contiguous()
+        out = empty(num_rows, weight.out_features, dtype=dtype)
+        function = self._router_linear if is_router else self._linear
         function(
             torch.get_num_threads(),
-            DTYPE_CODES[rows.dtype],
-            rows.data_ptr(),
+            dtype_code(rows.dtype),
+            pointer(rows, rows.dtype),
             num_rows,
             in_features,
-            weight.data.data_ptr(),
+            pointer(weight.data, dtype),
             weight.out_features,
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
+            pointer_or_null(bias, dtype),
+            pointer(out, dtype),
         )
         return out
 
     def gather(self, weight: PackedWeight, ids: Tensor) -> Tensor:
         ids = ids.contiguous()
-        out = torch.empty(ids.shape[0], weight.in_features, dtype=weight.data.dtype)
+        num_ids, dtype = ids.shape[0], weight.data.dtype
+        if num_ids and not 0 <= int(ids.min()) <= int(ids.max()) < weight.out_features:
+            raise IndexError(f"ids from {int(ids.min())} to {int(ids.max())}: not all are rows")
+        out = empty(num_ids, weight.in_features, dtype=dtype)
         self._gather(
             torch.get_num_threads(),
-            DTYPE_CODES[out.dtype],
-            weight.data.data_ptr(),
+            dtype_code(dtype),
+            pointer(weight.data, dtype),
             weight.in_features,
-            ids.data_ptr(),
-            ids.shape[0],
-            out.data_ptr(),
+            pointer(ids, torch.int64),
+            num_ids,
+            pointer(out, dtype),
         )
         return out

@@ -7,8 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
+from moe_serve.errors import CapacityError
 from moe_serve.kernels.moe.base import ExpertTable
-from moe_serve.kernels.native.library import DTYPE_CODES, Native
+from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.pointers import dtype_code, empty, pointer
 
 RECORD_LAYOUT = 1  # of a record's header: the tiles of native/moe.h
 
@@ -30,10 +32,10 @@ class ExpertTableArguments(ctypes.Structure):
     def of(cls, experts: ExpertTable) -> ExpertTableArguments:
         """Point to the tensors of `experts`, which must live on."""
         return cls(
-            experts.records.data_ptr(),
+            pointer(experts.records, torch.uint8),
             experts.records.shape[1],
-            experts.slot_of_expert.data_ptr(),
-            experts.uses.data_ptr(),
+            pointer(experts.slot_of_expert, torch.int32),
+            pointer(experts.uses, torch.int64),
             experts.num_experts,
             experts.hidden_size,
             experts.intermediate_size,
@@ -45,42 +47,48 @@ class MoeKernels:
 
     def __init__(self, native: Native) -> None:
         self._record_bytes = native.function("record_bytes", "ill", "l")
-        self._pack_records = native.function("pack_records", "iipllll")
+        self._pack_records = native.function("pack_records", "iipllll", "i")
         self._moe = native.function("moe", "iipppplp", "i")
         self._silu_and_mul = native.function("silu_and_mul", "iipllp")
 
     def record_bytes(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> int:
-        return int(self._record_bytes(DTYPE_CODES[dtype], hidden_size, intermediate_size))
+        return int(self._record_bytes(dtype_code(dtype), hidden_size, intermediate_size))
 
     def pack_records_(
         self, records: Tensor, hidden_size: int, intermediate_size: int, dtype: torch.dtype
     ) -> None:
-        self._pack_records(
+        failed = self._pack_records(
             torch.get_num_threads(),
-            DTYPE_CODES[dtype],
-            records.data_ptr(),
+            dtype_code(dtype),
+            pointer(records, torch.uint8),
             records.shape[1],
             records.shape[0],
             hidden_size,
             intermediate_size,
         )
+        if failed:
+            raise CapacityError(
+                f"no memory to pack experts of {records.shape[1]} bytes; use a smaller dtype"
+            )
 
     def moe(
         self, hidden: Tensor, row_of_pair: Tensor, counts: Tensor, experts: ExpertTable
     ) -> Tensor:
-        hidden = hidden.contiguous()
-        num_pairs = row_of_pair.shape[0]
+        hidden, row_of_pair, counts = (t.contiguous() for t in (hidden, row_of_pair, counts))
+        num_pairs, dtype = row_of_pair.shape[0], experts.dtype
+        assert hidden.shape[1] == experts.hidden_size, (hidden.shape, experts.hidden_size)
+        assert counts.shape == (experts.num_experts,), (counts.shape, experts.num_experts)
         arguments = ExpertTableArguments.of(experts)
-        out = torch.empty(num_pairs, hidden.shape[1], dtype=hidden.dtype)
+        out = empty(num_pairs, experts.hidden_size, dtype=dtype)
         failed = self._moe(
             torch.get_num_threads(),
-            DTYPE_CODES[hidden.dtype],
+            dtype_code(dtype),
             ctypes.addressof(arguments),
-            counts.data_ptr(),
-            hidden.data_ptr(),
-            row_of_pair.data_ptr(),
+            pointer(counts, torch.int64),
+            pointer(hidden, dtype),
+            pointer(row_of_pair, torch.int64),
             num_pairs,
-            out.data_ptr(),
+            pointer(out, dtype),
         )
         if failed:
             raise MemoryError(f"no memory for the work space of {num_pairs} (token, expert) pairs")
@@ -89,13 +97,15 @@ class MoeKernels:
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         gate_up = gate_up.contiguous()
         num_rows, width = gate_up.shape
-        out = torch.empty(num_rows, width // 2, dtype=gate_up.dtype)
+        assert width % 2 == 0, "gate and up, side by side"
+        dtype = gate_up.dtype
+        out = empty(num_rows, width // 2, dtype=dtype)
         self._silu_and_mul(
             torch.get_num_threads(),
-            DTYPE_CODES[gate_up.dtype],
-            gate_up.data_ptr(),
+            dtype_code(dtype),
+            pointer(gate_up, dtype),
             num_rows,
             width // 2,
-            out.data_ptr(),
+            pointer(out, dtype),
         )
         return out

@@ -13,6 +13,8 @@ constexpr float kUnseen = -1e30f;
 // tiles of at most so many rows always hand out their spans; others where there is little work
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kFewItems = 64;
+// floats that the parts of split tiles of many rows may take together
+constexpr int64_t kSplitFloats = 1 << 24;
 // vectors of values that are taken together with all rows of a block, or with half of them
 #ifdef MS_AVX512_BF16
 constexpr int kVectors = 2;
@@ -64,7 +66,11 @@ static inline bool is_split(
     const AttentionPlan& plan, const AttentionTile& tile, const AttentionShape& shape) {
     const Extent spans = spans_of(plan, tile);
     if (spans.end - spans.begin == 1) return false;
-    return tile.count * shape.group <= kFewRows || plan.num_tiles * shape.num_kv_heads < kFewItems;
+    if (tile.count * shape.group <= kFewRows) return true;
+    // a few tiles of many rows: only while their parts take little memory
+    const int64_t floats =
+        plan.num_tiles * (spans.end - spans.begin) * tile.count * shape.num_heads * shape.record();
+    return plan.num_tiles * shape.num_kv_heads < kFewItems && floats <= kSplitFloats;
 }
 
 static inline int64_t tile_workspace(

@@ -111,11 +111,14 @@ MS_VISIBLE int64_t MS_EXPORT(record_bytes)(
     return kRecordHeader + bytes;
 }
 
-MS_VISIBLE void MS_EXPORT(pack_records)(
+// Returns 0, or 1 where there is no memory for a copy of one record.
+MS_VISIBLE int32_t MS_EXPORT(pack_records)(
     int32_t threads, int32_t dtype, void* records, int64_t record_bytes, int64_t num_records,
     int64_t hidden_size, int64_t intermediate_size) {
+    int32_t failed = 0;
     MS_TEAM(pack_records<T>(
-        (char*)records, record_bytes, num_records, hidden_size, intermediate_size));
+        (char*)records, record_bytes, num_records, hidden_size, intermediate_size, &failed));
+    return failed;
 }
 
 // out: [num_pairs, hidden_size]. counts: [num_experts], of the pairs, which are sorted by expert.

@@ -112,7 +112,7 @@ static void moe_layer(const LayerArguments& layer, const Workspace<T>& work, int
     const int64_t num_chunks = *work.num_chunks;
     moe(layer.experts, work.chunks, num_chunks, work.hidden, work.row_of_pair, work.inner,
         work.pair_rows);
-    combine<T, T>(
+    combine<T>(
         work.pair_rows, work.pair_of_choice, work.weights, num_tokens, layer.router.top_k,
         hidden_size, has_shared ? work.shared : nullptr,
         layer.shared_gate ? work.shared_weights : nullptr, work.delta);

@@ -13,15 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch  # noqa: F401  # brings the OpenMP that the library uses
 
 from moe_serve.errors import ConfigError
 
-# what `ms_abi` must answer: raised with every change of a function's arguments or of a layout
+# what `ms_abi` must answer: raised with every change of a function's arguments, of a packed form,
+# or of any bit of a result
 ABI = 1
 ISAS = ("avx512_bf16", "plain")  # best first
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 _TYPES: dict[str, Any] = {
     "i": ctypes.c_int32,

@@ -9,7 +9,7 @@ MS_VISIBLE int32_t ms_abi(void) {
     return 1;
 }
 
-// Whether the processor, and the system with it, can run avx512_bf16.cpp.
+// Whether the processor, and the system with it, can run x86_avx512_bf16.cpp.
 MS_VISIBLE int32_t ms_has_avx512_bf16(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();

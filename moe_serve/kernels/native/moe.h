@@ -21,41 +21,51 @@ static inline int64_t inner_stride(int64_t intermediate_size) {
     return ceil_div(intermediate_size, kLanes) * kLanes;
 }
 
-// Pack the weights of each record in place: plain gate, up [intermediate_size, hidden_size] and
-// down [hidden_size, intermediate_size], one after the other behind the header.
+// Pack the weights of one record in place: plain gate, up [intermediate_size, hidden_size] and down
+// [hidden_size, intermediate_size], one after the other behind the header. plain: room for them.
+template <class T>
+static void pack_record(char* record, int64_t hidden_size, int64_t intermediate_size, T* plain) {
+    T* packed = (T*)(record + kRecordHeader);
+    const int64_t one = hidden_size * intermediate_size;
+    memcpy(plain, packed, 3 * one * sizeof(T));
+    for (int64_t tile = 0; tile < ceil_div(intermediate_size, kLanes); tile++) {
+        const T* rows[kTile];
+        for (int lane = 0; lane < kLanes; lane++) {
+            const int64_t output = tile * kLanes + lane;
+            const bool is_there = output < intermediate_size;
+            rows[lane] = is_there ? plain + output * hidden_size : nullptr;
+            rows[kLanes + lane] = is_there ? rows[lane] + one : nullptr;
+        }
+        pack_tile(rows, hidden_size, packed);
+        packed += tile_elements<T>(hidden_size);
+    }
+    for (int64_t tile = 0; tile < ceil_div(hidden_size, kTile); tile++) {
+        const T* rows[kTile];
+        for (int column = 0; column < kTile; column++) {
+            const int64_t output = tile * kTile + column;
+            const bool is_there = output < hidden_size;
+            rows[column] = is_there ? plain + 2 * one + output * intermediate_size : nullptr;
+        }
+        pack_tile(rows, intermediate_size, packed);
+        packed += tile_elements<T>(intermediate_size);
+    }
+}
+
+// Pack all records. *failed becomes 1 where there is no memory for a copy of one record.
 template <class T>
 static void pack_records(
     char* records, int64_t record_bytes, int64_t num_records, int64_t hidden_size,
-    int64_t intermediate_size) {
-    static thread_local Scratch scratch;
+    int64_t intermediate_size, int32_t* failed) {
+    T* plain = (T*)malloc(3 * hidden_size * intermediate_size * sizeof(T));
 #pragma omp for schedule(dynamic, 1)
     for (int64_t record = 0; record < num_records; record++) {
-        T* packed = (T*)(records + record * record_bytes + kRecordHeader);
-        const int64_t one = hidden_size * intermediate_size;
-        T* plain = scratch.get<T>(3 * one);
-        memcpy(plain, packed, 3 * one * sizeof(T));
-        for (int64_t tile = 0; tile < ceil_div(intermediate_size, kLanes); tile++) {
-            const T* rows[kTile];
-            for (int lane = 0; lane < kLanes; lane++) {
-                const int64_t output = tile * kLanes + lane;
-                const bool is_there = output < intermediate_size;
-                rows[lane] = is_there ? plain + output * hidden_size : nullptr;
-                rows[kLanes + lane] = is_there ? rows[lane] + one : nullptr;
-            }
-            pack_tile(rows, hidden_size, packed);
-            packed += tile_elements<T>(hidden_size);
-        }
-        for (int64_t tile = 0; tile < ceil_div(hidden_size, kTile); tile++) {
-            const T* rows[kTile];
-            for (int column = 0; column < kTile; column++) {
-                const int64_t output = tile * kTile + column;
-                const bool is_there = output < hidden_size;
-                rows[column] = is_there ? plain + 2 * one + output * intermediate_size : nullptr;
-            }
-            pack_tile(rows, intermediate_size, packed);
-            packed += tile_elements<T>(intermediate_size);
-        }
+        if (plain)
+            pack_record(records + record * record_bytes, hidden_size, intermediate_size, plain);
+        else
+#pragma omp atomic write
+            *failed = 1;
     }
+    free(plain);
 }
 
 // Some pairs of one expert: as many as are multiplied while their inputs are in a core's cache.

@@ -67,16 +67,21 @@ static inline void mask_groups(const RouterArguments& how, float* choice, float*
             group[best] = -__builtin_inff();
         }
     }
+    char* is_kept = (char*)(group + size);  // [num_groups]
+    memset(is_kept, 0, how.num_groups);
     for (int64_t turn = 0; turn < how.top_k_groups; turn++) {
         int64_t best = -1;
-        for (int64_t index = 0; index < how.num_groups; index++)
-            if (scores[index] == scores[index] && (best < 0 || scores[index] > scores[best]))
+        for (int64_t index = 0; index < how.num_groups; index++) {
+            if (is_kept[index]) continue;
+            const bool is_nan = scores[index] != scores[index];
+            if (best < 0 || scores[index] > scores[best]
+                || (is_nan && scores[best] == scores[best]))
                 best = index;
-        if (best < 0) break;
-        scores[best] = __builtin_nanf("");  // taken
+        }
+        is_kept[best] = 1;
     }
     for (int64_t index = 0; index < how.num_groups; index++)
-        if (scores[index] == scores[index])
+        if (!is_kept[index])
             for (int64_t at = 0; at < size; at++) choice[index * size + at] = -__builtin_inff();
 }
 
@@ -88,7 +93,7 @@ static void route(
     const int64_t num_experts = how.num_experts;
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < num_tokens; token++) {
-        float* scores = scratch.get<float>(3 * num_experts + how.num_groups);
+        float* scores = scratch.get<float>(3 * num_experts + 2 * how.num_groups);
         float* choice = scores + num_experts;
         memcpy(scores, logits + token * num_experts, num_experts * sizeof(float));
         score_experts(RouterScore(how.score), scores, num_experts);

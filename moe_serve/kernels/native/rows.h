@@ -76,7 +76,8 @@ static void rotate_and_write(
         T* query = qkv + token * width;
         T* key = query + query_width;
         T* value = key + kv_width;
-        if (how.query_norm && how.is_norm_full) norm_heads<T>(how, query, key, query_width, kv_width);
+        if (how.query_norm && how.key_norm && how.is_norm_full)
+            norm_heads<T>(how, query, key, query_width, kv_width);
         if (how.clip > 0) {
             for (int64_t at = 0; at < width; at += kLanes) {
                 Floats all = load(query + at, width - at);
@@ -84,7 +85,8 @@ static void rotate_and_write(
                 store(query + at, selected(is_equal(all, all), kept, all), width - at);
             }
         }
-        if (how.query_norm && !how.is_norm_full) norm_heads<T>(how, query, key, dim, dim);
+        if (how.query_norm && how.key_norm && !how.is_norm_full)
+            norm_heads<T>(how, query, key, dim, dim);
         const float* c = how.cos + positions[token] * (dim / 2);
         const float* s = how.sin + positions[token] * (dim / 2);
         for (int64_t head = 0; head < how.num_heads; head++)
@@ -111,11 +113,11 @@ static void silu_and_mul(const T* gate_up, int64_t num_rows, int64_t size, T* ou
 
 // Each token's weighted sum over its experts, in the order of its choices, then the shared part
 // (times its weight, where there is one), rounded once.
-// rows: [num_pairs, size]; pair_of_choice, weights: [num_tokens, top_k]; shared: T or float rows.
-template <class T, class TShared>
+// rows: [num_pairs, size]; pair_of_choice, weights: [num_tokens, top_k]; shared: [num_tokens, size].
+template <class T>
 static void combine(
     const T* rows, const int64_t* pair_of_choice, const float* weights, int64_t num_tokens,
-    int64_t top_k, int64_t size, const TShared* shared, const float* shared_weights, T* out) {
+    int64_t top_k, int64_t size, const T* shared, const float* shared_weights, T* out) {
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < num_tokens; token++) {
         const int64_t* pairs = pair_of_choice + token * top_k;

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_serve.kernels.native.library import DTYPE_CODES, Native
+from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.pointers import dtype_code, empty
 
 _TILE_QUERIES = 32
 
@@ -135,7 +136,7 @@ def build(native: Native) -> Callable[..., Tensor]:
         scale: float,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """As `reference.paged_attention`; query may have gaps between tokens. Not collective."""
+        """As `reference.paged_attention`; query may have gaps between tokens."""
         num_heads, head_dim = query.shape[1:]
         num_kv_heads = key_cache.shape[0]
         assert query.dtype == key_cache.dtype == value_cache.dtype, (query.dtype, key_cache.dtype)
@@ -150,11 +151,11 @@ def build(native: Native) -> Callable[..., Tensor]:
         workspace = plan.workspaces.get(shape)
         if workspace is None:
             floats = workspace_floats(plan.address, *shape)
-            workspace = plan.workspaces[shape] = torch.empty(floats, dtype=torch.float32)
-        out = torch.empty(query.shape, dtype=query.dtype)
+            workspace = plan.workspaces[shape] = empty(floats, dtype=torch.float32)
+        out = empty(*query.shape, dtype=query.dtype)
         run(
             torch.get_num_threads(),
-            DTYPE_CODES[query.dtype],
+            dtype_code(query.dtype),
             plan.address,
             query.data_ptr(),
             query.stride(0),

@@ -198,7 +198,9 @@ def _attend(
         return cache.index_select(1, slots).float().view(-1, PIECE, head_dim)
 
     heads = query[tile.rows].view(num_seqs, count, num_kv_heads, group, head_dim)
-    rows = torch.zeros(num_kv_heads, num_seqs, 1, wanted, head_dim, device=query.device)
+    rows = torch.zeros(
+        num_kv_heads, num_seqs, 1, wanted, head_dim, dtype=torch.float32, device=query.device
+    )
     rows[:, :, 0, :num_rows] = heads.permute(2, 0, 1, 3, 4).reshape(
         num_kv_heads, num_seqs, num_rows, head_dim
     )
@@ -224,7 +226,7 @@ def _attend(
     if sinks is not None:
         # rows run over (count, group)
         per_row = sinks.view(num_kv_heads, 1, group).expand(-1, count, -1).reshape(num_kv_heads, -1)
-        sink = torch.full((num_kv_heads, wanted), _UNSEEN, device=query.device)
+        sink = torch.full((num_kv_heads, wanted), _UNSEEN, dtype=torch.float32, device=query.device)
         sink[:, :num_rows] = per_row
         sink = sink.view(num_kv_heads, 1, 1, wanted, 1)
         top = torch.maximum(top, sink)

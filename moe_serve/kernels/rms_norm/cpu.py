@@ -5,47 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.native.library import DTYPE_CODES, Native
+from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.pointers import dtype_code, pointer, pointer_or_null
 
 
 class NormKernels:
-    """`rms_norm` and `add_rms_norm`, as reference.py has them, for rows [num_rows, size]."""
+    """`rms_norm` and `add_rms_norm`, as reference.py has them."""
 
     def __init__(self, native: Native) -> None:
         self._norm = native.function("add_rms_norm", "iipppllfpp")
 
     def rms_norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = rows.contiguous()
-        out = torch.empty_like(rows)
-        self._norm(
-            torch.get_num_threads(),
-            DTYPE_CODES[rows.dtype],
-            rows.data_ptr(),
-            None,
-            weight.data_ptr(),
-            rows.shape[0],
-            rows.shape[1],
-            eps,
-            out.data_ptr(),
-            None,
-        )
-        return out
+        return self._run(rows.contiguous(), None, weight, eps)[0]
 
     def add_rms_norm(
         self, rows: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        rows, residual = rows.contiguous(), residual.contiguous()
-        out, total = torch.empty_like(rows), torch.empty_like(rows)
+        assert rows.shape == residual.shape, (rows.shape, residual.shape)
+        out, total = self._run(rows.contiguous(), residual.contiguous(), weight, eps)
+        assert total is not None
+        return out, total
+
+    def _run(
+        self, rows: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype, size = rows.dtype, rows.shape[-1]
+        assert weight.shape == (size,), (weight.shape, size)
+        out = torch.empty_like(rows)
+        total = None if residual is None else torch.empty_like(rows)
         self._norm(
             torch.get_num_threads(),
-            DTYPE_CODES[rows.dtype],
-            rows.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            rows.shape[0],
-            rows.shape[1],
+            dtype_code(dtype),
+            pointer(rows, dtype),
+            pointer_or_null(residual, dtype),
+            pointer(weight, dtype),
+            rows.shape[:-1].numel(),
+            size,
             eps,
-            out.data_ptr(),
-            total.data_ptr(),
+            pointer(out, dtype),
+            pointer_or_null(total, dtype),
         )
         return out, total

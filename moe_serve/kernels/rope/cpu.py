@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.native.library import DTYPE_CODES, Native
+from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.pointers import dtype_code, pointer, pointer_or_null
 from moe_serve.kernels.rope.base import Heads
 
 
@@ -28,18 +29,17 @@ class HeadsArguments(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, heads: Heads) -> HeadsArguments:
-        """Point to the tensors of `heads`, which must live on."""
-        assert heads.cos.is_contiguous(), "the kernel reads rows of head_dim / 2"
-        assert heads.sin.is_contiguous(), "the kernel reads rows of head_dim / 2"
+    def of(cls, heads: Heads, dtype: torch.dtype) -> HeadsArguments:
+        """Point to the tensors of `heads`, which must live on; dtype: the model's."""
+        assert (heads.query_norm is None) == (heads.key_norm is None), "both are normed, or none"
         return cls(
             heads.num_heads,
             heads.num_kv_heads,
             heads.head_dim,
-            None if heads.query_norm is None else heads.query_norm.data_ptr(),
-            None if heads.key_norm is None else heads.key_norm.data_ptr(),
-            heads.cos.data_ptr(),
-            heads.sin.data_ptr(),
+            pointer_or_null(heads.query_norm, dtype),
+            pointer_or_null(heads.key_norm, dtype),
+            pointer(heads.cos, torch.float32),
+            pointer(heads.sin, torch.float32),
             heads.is_norm_full,
             heads.norm_eps,
             heads.clip or 0.0,
@@ -63,18 +63,19 @@ class RopeKernels:
     ) -> Tensor:
         num_tokens, width = qkv.shape
         assert width == heads.qkv_width, (width, heads.qkv_width)
-        qkv = qkv.contiguous()
-        arguments = HeadsArguments.of(heads)
+        dtype = qkv.dtype
+        qkv, positions, slots = qkv.contiguous(), positions.contiguous(), slots.contiguous()
+        arguments = HeadsArguments.of(heads, dtype)
         self._write(
             torch.get_num_threads(),
-            DTYPE_CODES[qkv.dtype],
+            dtype_code(dtype),
             ctypes.addressof(arguments),
-            qkv.data_ptr(),
+            pointer(qkv, dtype),
             num_tokens,
-            positions.data_ptr(),
-            slots.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
+            pointer(positions, torch.int64),
+            pointer(slots, torch.int64),
+            pointer(key_cache, dtype),
+            pointer(value_cache, dtype),
             key_cache.shape[1],
         )
         query_width = heads.num_heads * heads.head_dim

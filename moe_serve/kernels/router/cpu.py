@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.native.library import DTYPE_CODES, Native
+from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.pointers import dtype_code, empty, pointer, pointer_or_null
 from moe_serve.types import RouterRecipe, RouterScore, Routing
 
 _SCORES: tuple[RouterScore, ...] = ("softmax", "sigmoid", "softmax_after_top_k", "sqrt_softplus")
@@ -42,7 +43,7 @@ class RouterArguments(ctypes.Structure):
             recipe.renormalise,
             recipe.renormalise_eps,
             recipe.scale,
-            None if selection_bias is None else selection_bias.data_ptr(),
+            pointer_or_null(selection_bias, torch.float32),
         )
 
 
@@ -60,12 +61,13 @@ class RouterKernels:
         num_tokens = logits.shape[0]
         logits = logits.contiguous()
         arguments = RouterArguments.of(recipe, selection_bias)
-        ids = torch.empty(num_tokens, recipe.top_k, dtype=torch.int64)
-        weights = torch.empty(num_tokens, recipe.top_k)
+        assert logits.shape == (num_tokens, recipe.num_experts), (logits.shape, recipe)
+        ids = empty(num_tokens, recipe.top_k, dtype=torch.int64)
+        weights = empty(num_tokens, recipe.top_k, dtype=torch.float32)
         self._route(
             torch.get_num_threads(),
             ctypes.addressof(arguments),
-            logits.data_ptr(),
+            pointer(logits, torch.float32),
             num_tokens,
             ids.data_ptr(),
             weights.data_ptr(),
@@ -75,11 +77,11 @@ class RouterKernels:
     def sort_pairs(self, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         num_tokens, top_k = expert_ids.shape
         expert_ids = expert_ids.contiguous()
-        counts = torch.empty(num_experts, dtype=torch.int64)
-        row_of_pair = torch.empty(num_tokens * top_k, dtype=torch.int64)
-        pair_of_choice = torch.empty(num_tokens, top_k, dtype=torch.int64)
+        counts = empty(num_experts, dtype=torch.int64)
+        row_of_pair = empty(num_tokens * top_k, dtype=torch.int64)
+        pair_of_choice = empty(num_tokens, top_k, dtype=torch.int64)
         self._sort_pairs(
-            expert_ids.data_ptr(),
+            pointer(expert_ids, torch.int64),
             num_tokens,
             top_k,
             num_experts,
@@ -90,13 +92,14 @@ class RouterKernels:
         return counts, row_of_pair, pair_of_choice
 
     def shared_weights(self, hidden: Tensor, gate: Tensor) -> Tensor:
-        hidden = hidden.contiguous()
-        out = torch.empty(hidden.shape[0])
+        hidden, gate = hidden.contiguous(), gate.contiguous()
+        assert gate.shape == hidden.shape[1:], (gate.shape, hidden.shape)
+        out = empty(hidden.shape[0], dtype=torch.float32)
         self._shared_weights(
             torch.get_num_threads(),
-            DTYPE_CODES[hidden.dtype],
-            hidden.data_ptr(),
-            gate.data_ptr(),
+            dtype_code(hidden.dtype),
+            pointer(hidden, hidden.dtype),
+            pointer(gate, torch.float32),
             hidden.shape[0],
             hidden.shape[1],
             out.data_ptr(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.pointers import empty
 from moe_serve.kernels.sampling import reference
 
 _LOW_64 = 2**64 - 1
@@ -32,15 +33,15 @@ class SamplingKernels:
     def row_keys(self, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         words = np.array([seed & _LOW_64 for seed in seeds], dtype=np.uint64)
         places = np.array(positions, dtype=np.int64)
-        keys = torch.empty(len(words), 2, dtype=torch.int32)
+        keys = empty(len(words), 2, dtype=torch.int32)
         self._row_keys(words.ctypes.data, places.ctypes.data, len(words), keys.data_ptr())
         return keys
 
     def greedy_checked(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         num_rows, vocab_size = logits.shape
         logits = _with_whole_rows(logits)
-        ids = torch.empty(num_rows, dtype=torch.int64)
-        is_finite = torch.empty(num_rows, dtype=torch.bool)
+        ids = empty(num_rows, dtype=torch.int64)
+        is_finite = empty(num_rows, dtype=torch.bool)
         self._greedy(
             torch.get_num_threads(),
             logits.data_ptr(),
@@ -73,7 +74,7 @@ class SamplingKernels:
             _column(keys, torch.int32, 2 * num_rows),
             _column(hashes, torch.int32, vocab_size),
         )
-        ids = torch.empty(num_rows, dtype=torch.int64)
+        ids = empty(num_rows, dtype=torch.int64)
         self._sample(
             torch.get_num_threads(),
             logits.data_ptr(),
@@ -92,10 +93,10 @@ class SamplingKernels:
         assert top <= vocab_size, (top, vocab_size)
         logits = _with_whole_rows(logits)
         chosen = _column(token_ids, torch.int64, num_rows)
-        logprobs = torch.empty(num_rows)
-        ranks = torch.empty(num_rows, dtype=torch.int64)
-        top_ids = torch.empty(num_rows, top, dtype=torch.int64)
-        top_logprobs = torch.empty(num_rows, top)
+        logprobs = empty(num_rows, dtype=torch.float32)
+        ranks = empty(num_rows, dtype=torch.int64)
+        top_ids = empty(num_rows, top, dtype=torch.int64)
+        top_logprobs = empty(num_rows, top, dtype=torch.float32)
         self._chosen_logprobs(
             torch.get_num_threads(),
             logits.data_ptr(),

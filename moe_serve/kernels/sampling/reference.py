@@ -16,9 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-FIRST_WIDTH = (
-    256  # how many of the best tokens top-p looks at first; 16 times as many each time after
-)
+# how many of the best tokens top-p looks at first; 16 times as many each time after
+FIRST_WIDTH = 256
 NUM_NOISE_BITS = 31
 # Maps 0 .. 2^31 - 1, which float32 rounds up to 2^31, into (0, 1): the largest gives 1 - 2^-24.
 NOISE_SCALE = (1 - 2.0**-24) / 2.0**NUM_NOISE_BITS
