@@ -72,6 +72,7 @@ class Outcome:
 
 
 BASE = Case("base: 32 at once", {"max_num_seqs": 32, "enable_prefix_caching": False})
+LAYER_BY_LAYER = Case("layer by layer", {"fused": False})
 FACTORS = (
     Case("batch of 1", {"max_num_seqs": 1}),
     Case("chunk of 1", {"max_prefill_chunk": 1}),
@@ -82,7 +83,7 @@ FACTORS = (
     Case("prefix cache", {"enable_prefix_caching": True, "max_num_seqs": 4}),
     Case("1 thread", threads=1),
     Case("3 threads", threads=3),
-    Case("layer by layer", {"fused": False}),
+    LAYER_BY_LAYER,
 )
 # admitted without room to grow, running sequences push each other out
 PREEMPTION = Case("preemption", {"admission_horizon": 0, "block_size": 4}, num_resident=4)
@@ -117,6 +118,16 @@ class Numerics:
     dtype: str
     kernels: str = "auto"
     isa: str = "auto"
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether a forward pass is one call, so that there is another way to run it."""
+        return self.kernels != "reference"
+
+    @property
+    def factors(self) -> tuple[Case, ...]:
+        """What changes nothing, one at a time."""
+        return tuple(case for case in FACTORS if self.can_fuse or case is not LAYER_BY_LAYER)
 
     def __str__(self) -> str:
         chosen = (self.kernels, self.isa)
@@ -157,6 +168,8 @@ class Subject:
     def run(self, case: Case) -> Outcome:
         """Build an engine with the case's options and run all prompts through it."""
         options = {**BASE.options, **asdict(self.numerics), **case.options}
+        if not self.numerics.can_fuse:
+            options.pop("fused", None)
         if case.num_resident is not None:
             longest = max(map(len, self.prompts)) + self.max_tokens
             block_size = options.get("block_size", 16)
@@ -295,7 +308,8 @@ def run_matrix(name: str, subject: Subject, num_random: int, num_random_prompts:
     """
     print(f"{name}: {len(subject.prompts)} outputs a run")
     rows: list[Row] = []
-    for is_random, cases in ((False, (*FACTORS, PREEMPTION)), (True, random_cases(num_random))):
+    factors = (*subject.numerics.factors, PREEMPTION)
+    for is_random, cases in ((False, factors), (True, random_cases(num_random))):
         fixed = subject.first(num_random_prompts) if is_random else subject
         growing = fixed.for_preemption()
         bases = {fixed: fixed.run(BASE), growing: growing.run(BASE)}

@@ -342,7 +342,7 @@ def test_a_full_disk_names_the_output(tmp_path: Path) -> None:
         run_batch(make(), source, Path("/dev/null"))
 
 
-@pytest.mark.parametrize(("engine", "count", "longest"), [("fake", 150, 40), ("real", 80, 8)])
+@pytest.mark.parametrize(("engine", "count", "longest"), [("fake", 150, 40), ("real", 200, 8)])
 def test_killed_ten_times_and_resumed(
     tmp_path: Path, engine: str, count: int, longest: int
 ) -> None:

@@ -34,7 +34,8 @@ ENGINE_FLAGS = {
     "--admission-horizon", "--block-size", "--num-kv-blocks", "--kv-cache-gb",
     "--enable-prefix-caching", "--no-enable-prefix-caching",
     "--max-num-seqs", "--max-num-batched-tokens", "--max-prefill-chunk", "--scheduling-policy",
-    "--kernels", "--threads", "--seed", "--config", "--debug", "--help",
+    "--kernels", "--isa", "--fused", "--no-fused", "--threads", "--seed", "--config", "--debug",
+    "--help",
 }  # fmt: skip
 SAMPLING_FLAGS = {
     "--max-tokens", "--min-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--n",

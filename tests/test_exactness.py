@@ -15,8 +15,8 @@ from benchmarks.results import Row
 from tests.kernels.implementations import IMPLEMENTATIONS, NATIVE, kernels
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-NUM_RANDOM = 5
-SEED = 24  # combinations that preempt, that find prefixes, fused and not
+NUM_RANDOM = 3
+SEED = 808  # combinations that preempt, that find prefixes, fused and not
 # what the other implementations are asked: the rest of the matrix is no matter of kernels
 SHORT = ("batch of 1", "chunk of 7", "3 threads", "layer by layer")
 
@@ -73,8 +73,8 @@ def test_other_kernels(tmp_path: Path, name: str, dtype: str) -> None:
     subject = exactness.wide_subject(numerics, tmp_path, 2, 3).for_preemption(max_tokens=3)
     base = subject.run(replace(exactness.BASE, threads=1))
     assert subject.numerics_id.startswith(chosen.numerics_id)
-    cases = [case for case in exactness.FACTORS if case.name in SHORT]
-    assert len(cases) == len(SHORT)
+    cases = [case for case in numerics.factors if case.name in SHORT]
+    assert len(cases) == len(SHORT) - (not numerics.can_fuse)
     for case in cases:
         threads = 3 if case.threads == 3 else 1
         assert exactness.differing(subject.run(replace(case, threads=threads)), base) == [], case

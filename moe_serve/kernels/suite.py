@@ -85,13 +85,14 @@ def load(name: str = "auto", isa: str = "auto") -> Kernels:
             raise ConfigError(f"isa is {isa!r}, but the reference kernels have none; leave it out")
         return _reference("asked for")
     try:
-        native = library.load(isa)
+        return _cpu(library.load(isa), "the best here" if isa == "auto" else "asked for")
     except library.NotBuilt as error:
-        if name == "cpu" or isa != "auto":
-            raise ConfigError(f"kernels is {name!r}, isa {isa!r}: {error}") from error
+        if isa != "auto":
+            raise ConfigError(f"isa is {isa!r}, but {error}") from error
+        if name == "cpu":
+            raise ConfigError(f"kernels is 'cpu', but {error}") from error
         logger.warning("slow kernels (reference, plain torch): %s", error)
         return _reference(str(error))
-    return _cpu(native, "the best here" if isa == "auto" else "asked for")
 
 
 def _cpu(native: library.Native, reason: str) -> Kernels:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.comm import local
+from moe_serve.errors import CapacityError
 from moe_serve.experts.executor import ResidentExperts
 from moe_serve.kernels.forward.base import LayerPart, ModelPart
 from moe_serve.kernels.rope.base import Heads
@@ -264,7 +265,14 @@ class Decoder:
         spec = self.spec.attention
 
         def empty(num_slots: int) -> Tensor:
-            cache = torch.empty(spec.num_kv_heads, num_slots, spec.head_dim, dtype=self.dtype)
+            shape = (spec.num_kv_heads, num_slots, spec.head_dim)
+            try:
+                cache = torch.empty(shape, dtype=self.dtype)
+            except (RuntimeError, MemoryError) as error:
+                raise CapacityError(
+                    f"no memory for the keys of {num_slots} tokens in one layer; "
+                    "lower kv_cache_gb or num_kv_blocks"
+                ) from error
             cache[:, :block_size] = 0
             return cache
 

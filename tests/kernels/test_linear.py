@@ -180,8 +180,9 @@ def test_what_is_not_finite_stays_in_its_row(
     packed = kernels(name).pack(torch.randn(50, size_in).to(dtype))
     want = kernels(name).linear(inputs, packed)
     broken = inputs.clone()
-    places = torch.tensor([0, 11, 12, 39])
-    broken[places, torch.tensor([0, size_in - 1, 5, size_in // 2])] = bad
+    # at the first and last column too: beside the rows before and after
+    places = torch.tensor([0, 11, 20, 39])
+    broken[places, torch.tensor([size_in - 1, 5, 0, size_in // 2])] = bad
     got = kernels(name).linear(broken, packed)
     assert not bool(got[places].isfinite().any())
     sound = torch.ones(40, dtype=torch.bool).index_fill(0, places, False)

@@ -193,8 +193,9 @@ def test_what_is_not_finite_stays_in_its_row(
     pairs, counts = torch.arange(30), torch.tensor([13, 1, 16])
     want = kernels(name).moe(hidden, pairs, counts, experts)
     broken = hidden.clone()
-    places = torch.tensor([0, 12, 13, 29])
-    broken[places, torch.tensor([0, 5, 7, hidden_size - 1])] = bad
+    # at the first and last column too: beside the rows before and after
+    places = torch.tensor([0, 10, 13, 29])
+    broken[places, torch.tensor([hidden_size - 1, 0, 7, 5])] = bad
     got = kernels(name).moe(broken, pairs, counts, experts)
     assert not bool(got[places].isfinite().all(-1).any())
     sound = torch.ones(30, dtype=torch.bool).index_fill(0, places, False)

@@ -12,6 +12,7 @@ from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.kernels.native.library import Native
 from moe_serve.kernels.native.pointers import dtype_code, empty, pointer
 
+_MOST_COPIES_BYTES = 2**29
 RECORD_LAYOUT = 1  # of a record's header: the tiles of native/moe.h
 
 
@@ -57,8 +58,10 @@ class MoeKernels:
     def pack_records_(
         self, records: Tensor, hidden_size: int, intermediate_size: int, dtype: torch.dtype
     ) -> None:
+        # each thread holds a plain copy of one record
+        threads = min(torch.get_num_threads(), max(1, _MOST_COPIES_BYTES // records.shape[1]))
         failed = self._pack_records(
-            torch.get_num_threads(),
+            threads,
             dtype_code(dtype),
             pointer(records, torch.uint8),
             records.shape[1],

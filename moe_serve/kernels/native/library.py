@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ class Native:
         return self._typed(f"ms_{name}", codes, result)
 
     def _typed(self, symbol: str, codes: str, result: str) -> Callable[..., Any]:
-        function = self._library[symbol]
+        try:
+            function = self._library[symbol]
+        except AttributeError as error:
+            raise NotBuilt(f"the native library has no {symbol}; install again") from error
         function.argtypes = [_TYPES[code] for code in codes]
         function.restype = _TYPES[result]
         return function
@@ -80,6 +84,8 @@ def open_library(path: Path | None = None) -> ctypes.CDLL:
             )
         if _is_stale(path):
             raise NotBuilt(f"{path.name} is older than its sources; install again (make install)")
+    if not _is_whole(path):
+        raise NotBuilt(f"{path.name} is cut off; install again")
     try:
         library = ctypes.CDLL(str(path))
         abi = library.ms_abi()
@@ -97,9 +103,26 @@ def _is_stale(path: Path) -> bool:
     return any(source.stat().st_mtime_ns > built_ns for source in sources)
 
 
+def _is_whole(path: Path) -> bool:
+    """Tell whether an ELF file goes on to the end of its section table, which comes last.
+
+    The loader maps what the file says it holds; what is not there would end the process. Other
+    kinds of file are the loader's to refuse.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return True
+    offset, size, count = struct.unpack_from("<40xQ10xHH", header)
+    return bool(path.stat().st_size >= offset + size * count)
+
+
 def supported_isas(library: ctypes.CDLL) -> tuple[str, ...]:
     """List the instruction sets that library and processor both have, the best first."""
-    return tuple(isa for isa in ISAS if isa == "plain" or library[f"ms_has_{isa}"]())
+    try:
+        return tuple(isa for isa in ISAS if isa == "plain" or library[f"ms_has_{isa}"]())
+    except AttributeError as error:
+        raise NotBuilt(f"the native library is another one ({error}); install again") from error
 
 
 def load(isa: str = "auto", path: Path | None = None) -> Native:

@@ -61,6 +61,7 @@ class RouterKernels:
         num_tokens = logits.shape[0]
         logits = logits.contiguous()
         arguments = RouterArguments.of(recipe, selection_bias)
+        assert recipe.top_k <= recipe.num_experts, recipe
         assert logits.shape == (num_tokens, recipe.num_experts), (logits.shape, recipe)
         ids = empty(num_tokens, recipe.top_k, dtype=torch.int64)
         weights = empty(num_tokens, recipe.top_k, dtype=torch.float32)

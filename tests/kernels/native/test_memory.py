@@ -11,11 +11,14 @@ from moe_serve.kernels.native.memory import allocate
 HUGE_PAGE = 2**21
 
 
-def test_memory_is_aligned_and_zero() -> None:
-    memory = allocate(3 * 4096 + 5)
-    assert memory.shape == (3 * 4096 + 5,)
+@pytest.mark.parametrize(
+    ("num_bytes", "alignment"), [(1, 4096), (3 * 4096 + 5, 4096), (5 * HUGE_PAGE + 5, HUGE_PAGE)]
+)
+def test_memory_is_aligned_and_zero(num_bytes: int, alignment: int) -> None:
+    memory = allocate(num_bytes)
+    assert memory.shape == (num_bytes,)
     assert memory.dtype == torch.uint8
-    assert memory.data_ptr() % HUGE_PAGE == 0
+    assert memory.data_ptr() % alignment == 0
     assert not memory.any()
     memory.fill_(1)  # it can be written
 
