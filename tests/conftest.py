@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+
+from moe_serve.openmp import wait_shortly
+
+wait_shortly()  # before torch is loaded, as where moe_serve is used
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
