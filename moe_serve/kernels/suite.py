@@ -73,9 +73,10 @@ class Kernels:
 
 
 def load(name: str = "auto", isa: str = "auto") -> Kernels:
-    """Return the kernels of an implementation: "cpu", "reference", or "auto", the best there is.
+    """Return the kernels of an implementation: "cpu", "reference", or "auto", the faster one here.
 
-    isa: the native kernels' instruction set, or "auto". Raises ConfigError for what is not to be
+    isa: the native kernels' instruction set, or "auto". Plain C++ is 5 to 30 times slower than
+    torch with AVX2 (docs/log.md), so it serves only where it is asked for. Raises ConfigError for what is not to be
     had here.
     """
     if name not in KERNELS:
@@ -85,7 +86,12 @@ def load(name: str = "auto", isa: str = "auto") -> Kernels:
             raise ConfigError(f"isa is {isa!r}, but the reference kernels have none; leave it out")
         return _reference("asked for")
     try:
-        return _cpu(library.load(isa), "the best here" if isa == "auto" else "asked for")
+        native = library.load(isa)
+        if name == "auto" and isa == "auto" and native.isa == "plain":
+            reason = "faster than plain C++, which is all the library has for this processor"
+            logger.warning("kernels: reference (plain torch): %s", reason)
+            return _reference(reason)
+        return _cpu(native, "the best here" if isa == "auto" else "asked for")
     except library.NotBuilt as error:
         if isa != "auto":
             raise ConfigError(f"isa is {isa!r}, but {error}") from error
