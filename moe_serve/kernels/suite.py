@@ -76,8 +76,8 @@ def load(name: str = "auto", isa: str = "auto") -> Kernels:
     """Return the kernels of an implementation: "cpu", "reference", or "auto", the faster one here.
 
     isa: the native kernels' instruction set, or "auto". Plain C++ is 5 to 30 times slower than
-    torch with AVX2 (docs/log.md), so it serves only where it is asked for. Raises ConfigError for what is not to be
-    had here.
+    torch with AVX2 (docs/log.md), so it serves only where it is asked for. Raises ConfigError for
+    what is not to be had here.
     """
     if name not in KERNELS:
         raise ConfigError(f"kernels is {name!r}; there are: {', '.join(KERNELS)}")

@@ -60,3 +60,13 @@ def test_a_library_older_than_its_sources_is_refused(
             library.load()
     finally:
         library.open_library.cache_clear()
+
+
+def test_plain_kernels_serve_only_where_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, built: Path
+) -> None:
+    monkeypatch.setattr(library, "supported_isas", lambda opened: ("plain",))
+    assert suite.load().name == "reference"
+    assert "faster than plain C++" in suite.load().reason
+    assert suite.load("cpu").isa == "plain"
+    assert suite.load(isa="plain").isa == "plain"
