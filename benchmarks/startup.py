@@ -89,7 +89,11 @@ def measure(arguments: argparse.Namespace, command: tuple[str, ...]) -> None:
         print(f"{row.name}: {row.median:,.2f} {row.unit} ({row.min:,.2f} to {row.max:,.2f}){limit}")
     if arguments.save:
         call = recorded_command("benchmarks.startup", sys.argv[1:])
-        print(write_results("startup", rows, command=call, numerics_id=document["numerics_id"]))
+        print(
+            write_results(
+                f"startup-{name}", rows, command=call, numerics_id=document["numerics_id"]
+            )
+        )
 
 
 if __name__ == "__main__":
