@@ -5,6 +5,8 @@
     +-- RequestError(ValueError)    a request that cannot be served as it stands; exit code 2
     |   +-- CapacityError           it, or the model, asks for more than there is; exit code 2
     +-- CheckpointError             a model folder that is missing, broken or unknown; exit code 3
+    +-- TraceError                  a file of routing, or of what was learned from it; exit code 3
+    +-- StoreError                  expert records that cannot be read or written; exit code 3
     +-- CommError                   ranks that disagree or do not answer; exit code 3
 
 Every message names the value seen, the limit, and the way out. Our own mistakes are assertions.
@@ -40,6 +42,18 @@ class CapacityError(RequestError):
 
 class CheckpointError(MoeServeError):
     """A model folder that is missing, incomplete, inconsistent or of an unknown kind."""
+
+    exit_code = 3
+
+
+class TraceError(MoeServeError):
+    """A trace, a usage profile or a predictor's file that is broken, or of another model."""
+
+    exit_code = 3
+
+
+class StoreError(MoeServeError):
+    """Expert records that cannot be written, read, or trusted."""
 
     exit_code = 3
 

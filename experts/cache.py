@@ -1,0 +1,415 @@
+"""Which experts are resident, and who leaves when a slot is needed: for the runtime and for replay.
+
+Event-atomic (Zhang, arXiv 2608.07911, section 2): an event is (step, layer) with the union of the
+experts that the step's tokens use. Its hits and misses are settled against what is resident when it
+begins; then misses are admitted, and no member of the event is evicted while it still has to be
+served. Knows no bytes and no threads: whoever moves weights says when they have arrived.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moe_serve.errors import CapacityError
+from moe_serve.experts.policies.base import CacheShape, EvictionPolicy
+
+Array = np.ndarray[Any, Any]
+ABSENT = -1
+FREE, LOADING, RESIDENT = 0, 1, 2
+
+
+class Counters:
+    """What happened in each layer, int64 [num_layers] each; hits + misses = sum of unions.
+
+    misses: experts that an event used and that were not resident when it began. fetched: records
+    that were brought in, for events and for guesses; bytes: what they take. computed_on_cpu: misses
+    that were served where they lay, without being brought in. Of what was brought in on a guess:
+    useful was resident before its event, late was on its way, wasted left without having been used.
+    """
+
+    FIELDS = ("hits", "misses", "fetched", "computed_on_cpu", "bytes", "useful", "late", "wasted")
+
+    def __init__(self, num_layers: int) -> None:
+        self.hits = np.zeros(num_layers, np.int64)
+        self.misses = np.zeros(num_layers, np.int64)
+        self.fetched = np.zeros(num_layers, np.int64)
+        self.computed_on_cpu = np.zeros(num_layers, np.int64)
+        self.bytes = np.zeros(num_layers, np.int64)
+        self.useful = np.zeros(num_layers, np.int64)
+        self.late = np.zeros(num_layers, np.int64)
+        self.wasted = np.zeros(num_layers, np.int64)
+
+    def per_layer(self) -> dict[str, list[int]]:
+        return {name: getattr(self, name).tolist() for name in self.FIELDS}
+
+    def total(self) -> dict[str, int]:
+        return {name: int(getattr(self, name).sum()) for name in self.FIELDS}
+
+
+@dataclass(slots=True)
+class Event:
+    """One event that is being served.
+
+    hits: resident when it began. arriving: on their way by a guess; whoever serves waits for them.
+    misses: to be admitted or computed elsewhere; `ExpertCache.next_wave` takes from its front.
+    All expert ids, each in rising order.
+    """
+
+    layer: int
+    hits: list[int]
+    arriving: list[int]
+    misses: list[int]
+    pinned: set[int] = field(default_factory=set)
+
+
+class ExpertCache:
+    """Slots for experts: free, loading, or resident; those an event still needs are pinned.
+
+    Serve an event so: `begin`; until `event.misses` is empty, `next_wave`, bring in what it names,
+    `loaded` for each, run the experts that are there, `release`; at last `end`. One event at a
+    time, whole steps in order. Not thread-safe: one thread owns it.
+
+    slot_of_expert: int32 [num_layers, num_experts], -1 where not resident; kernels read it.
+    guaranteed: slots that other layers cannot take from a layer, where they share.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        policy: EvictionPolicy,
+        top_k: int,
+        guaranteed: int | None = None,
+        record_bytes: int = 0,
+    ) -> None:
+        """Raises CapacityError for less than top_k slots a layer: a token could not be served."""
+        check_capacity(shape, top_k)
+        self.shape = shape
+        self.policy = policy
+        self.top_k = top_k
+        self.counters = Counters(shape.num_layers)
+        self.slot_of_expert = np.full((shape.num_layers, shape.num_experts), ABSENT, np.int32)
+        self._guaranteed = top_k if guaranteed is None else guaranteed
+        self._record_bytes = record_bytes
+        layers = range(shape.num_layers)
+        # the same as slot_of_expert, but with what is loading, and in lists, which are faster
+        self._slot = [[ABSENT] * shape.num_experts for _ in layers]
+        self._residents: list[list[int]] = [[] for _ in layers]  # sorted
+        self._num_held = [0] * shape.num_layers  # resident and loading
+        self._free = list(range(shape.total_slots - 1, -1, -1))
+        self._loading: dict[tuple[int, int], int] = {}
+        self._guessed: set[tuple[int, int]] = set()
+        self._event: Event | None = None
+        # shared slots: each layer's lowest (score, expert), None where it must be looked up again
+        self._lowest: list[tuple[float, int] | None] = [None] * shape.num_layers
+
+    # -- one event ---------------------------------------------------------------------------------
+
+    def begin(self, step: int, layer: int, expert_ids: Sequence[int]) -> Event:
+        """Settle hits and misses of an event, pin its members, and tell the policy.
+
+        expert_ids: the union over the step's tokens, in rising order, none twice.
+        """
+        assert self._event is None, "an event is still being served"
+        slots = self._slot[layer]
+        hits, absent, arriving = [], [], []
+        if self._loading:
+            arriving = [expert for expert in expert_ids if (layer, expert) in self._loading]
+        for expert in expert_ids:
+            if slots[expert] == ABSENT:
+                absent.append(expert)
+            elif not arriving or expert not in arriving:
+                hits.append(expert)
+        counters = self.counters
+        counters.hits[layer] += len(hits)
+        counters.misses[layer] += len(absent) + len(arriving)
+        if self._guessed:
+            self._settle_guesses(layer, hits, arriving)
+        self.policy.touch(step, layer, expert_ids)
+        self._lowest[layer] = None
+        self._event = event = Event(layer, hits, arriving, absent, set(expert_ids))
+        return event
+
+    def next_wave(self, event: Event) -> list[tuple[int, int]]:
+        """Find slots for as many of the event's misses as can be; return (expert, slot) of each.
+
+        They are taken from `event.misses`, and are loading from now on. Empty when every slot is
+        loading, or holds what this event still needs: then release, or wait for a load, and ask
+        again.
+        """
+        layer, wanted = event.layer, len(event.misses)
+        slots = self._make_room(layer, wanted, event.pinned)
+        wave = list(zip(event.misses, slots, strict=False))
+        del event.misses[: len(wave)]
+        for expert, slot in wave:
+            self._start(layer, expert, slot)
+        return wave
+
+    def computed(self, event: Event, experts: Iterable[int]) -> None:
+        """Take misses off the event that are served where they lie, without a slot."""
+        for expert in experts:
+            event.misses.remove(expert)
+            self.counters.computed_on_cpu[event.layer] += 1
+
+    def release(self, event: Event) -> None:
+        """Unpin all members but those that are not served yet: a wave has run."""
+        event.pinned.clear()
+        event.pinned.update(event.misses)
+
+    def end(self, event: Event) -> None:
+        """End an event, also one that failed; what is loading goes on."""
+        assert self._event is event
+        self._event = None
+
+    def serve(self, step: int, layer: int, expert_ids: Sequence[int]) -> int:
+        """Serve a whole event whose loads arrive at once; return its misses. This is replay."""
+        event = self.begin(step, layer, expert_ids)
+        num_misses = len(event.misses) + len(event.arriving)
+        for expert in event.arriving:
+            self.loaded(layer, expert)
+        while event.misses:
+            for expert, _ in self.next_wave(event):
+                self.loaded(layer, expert)
+            if event.misses:
+                self.release(event)
+        self._event = None
+        return num_misses
+
+    # -- loads -------------------------------------------------------------------------------------
+
+    def guess(self, layer: int, expert: int, keep: Container[int] = ()) -> int | None:
+        """Reserve a slot for an expert that may be needed, and return it, or None.
+
+        Takes a free slot, or that of an expert of `layer` which is neither in `keep` nor pinned.
+        None as well where the expert is resident or on its way.
+        """
+        if self._slot[layer][expert] != ABSENT:
+            return None
+        slots = self._make_room(layer, 1, keep, own_only=True)
+        if not slots:
+            return None
+        self._start(layer, expert, slots[0])
+        self._guessed.add((layer, expert))
+        return slots[0]
+
+    def loaded(self, layer: int, expert: int) -> None:
+        """Say that an expert's weights are in its slot: it is resident."""
+        slot = self._loading.pop((layer, expert))
+        self.slot_of_expert[layer, expert] = slot
+        insort(self._residents[layer], expert)
+        self._lowest[layer] = None
+
+    def failed(self, layer: int, expert: int) -> None:
+        """Say that an expert could not be brought in, or was given up: its slot is free again."""
+        slot = self._loading.pop((layer, expert))
+        self._slot[layer][expert] = ABSENT
+        self._num_held[layer] -= 1
+        self._free.append(slot)
+        self._guessed.discard((layer, expert))
+
+    def preload(self, experts: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """Reserve slots for (layer, expert) in this order, while there are free ones for each.
+
+        Returns (layer, expert, slot), loading: for a start from a profile, and for prompts.
+        """
+        started = []
+        for layer, expert in experts:
+            if self._slot[layer][expert] == ABSENT and self._may_take_free(layer) and self._free:
+                slot = self._free.pop()
+                self._start(layer, expert, slot)
+                started.append((layer, expert, slot))
+        return started
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Evict a resident expert that no event needs now."""
+        assert (
+            self._event is None or self._event.layer != layer or (expert not in self._event.pinned)
+        ), "pinned"
+        self._evict(layer, expert)
+
+    # -- size --------------------------------------------------------------------------------------
+
+    def resize(self, shape: CacheShape) -> list[tuple[int, int]]:
+        """Take another number of slots, between events; return moves (from slot, to slot).
+
+        The slots that stay are the first ones. Those least worth keeping are evicted; who survives
+        in a slot that goes is moved: the caller copies its record before anything else happens.
+        Nothing may be loading. Raises CapacityError for less than top_k slots a layer.
+        """
+        check_capacity(shape, self.top_k)
+        assert self._event is None
+        assert not self._loading, "wait for what is loading first"
+        assert (shape.num_layers, shape.num_experts) == (
+            self.shape.num_layers,
+            self.shape.num_experts,
+        )
+        self.shape = shape
+        self.policy.resize(shape)
+        self._shrink(shape)
+        stays = shape.total_slots
+        used = {slot for row in self._slot for slot in row if slot != ABSENT}
+        free = [slot for slot in range(stays - 1, -1, -1) if slot not in used]
+        moves = []
+        for layer, row in enumerate(self._slot):
+            for expert in self._residents[layer]:
+                if row[expert] >= stays:
+                    moves.append((row[expert], free.pop()))
+                    row[expert] = moves[-1][1]
+                    self.slot_of_expert[layer, expert] = row[expert]
+        self._free = free
+        return moves
+
+    def _shrink(self, shape: CacheShape) -> None:
+        """Evict what the new shape has no room for."""
+        if shape.slots_per_layer is not None:
+            for layer, residents in enumerate(self._residents):
+                surplus = len(residents) - shape.slots_per_layer
+                if surplus > 0:
+                    for expert in self.policy.victims(layer, list(residents), surplus):
+                        self._evict(layer, expert)
+        surplus = sum(self._num_held) - shape.total_slots
+        for _ in range(surplus):
+            layer, expert = self._lowest_of_all(ABSENT, ())
+            self._evict(layer, expert)
+
+    # -- what is there -----------------------------------------------------------------------------
+
+    def is_resident(self, layer: int, expert: int) -> bool:
+        return bool(self.slot_of_expert[layer, expert] != ABSENT)
+
+    def is_absent(self, layer: int, expert: int) -> bool:
+        """Return whether an expert is neither resident nor on its way."""
+        return self._slot[layer][expert] == ABSENT
+
+    def residents(self, layer: int) -> list[int]:
+        """Return the resident experts of a layer, sorted."""
+        return list(self._residents[layer])
+
+    def num_resident(self) -> list[int]:
+        """Return how many experts of each layer are resident."""
+        return [len(residents) for residents in self._residents]
+
+    @property
+    def num_loading(self) -> int:
+        return len(self._loading)
+
+    # -- room --------------------------------------------------------------------------------------
+
+    def _may_take_free(self, layer: int) -> bool:
+        quota = self.shape.slots_per_layer
+        return quota is None or self._num_held[layer] < quota
+
+    def _make_room(
+        self, layer: int, wanted: int, pinned: Container[int], own_only: bool = False
+    ) -> list[int]:
+        """Return up to `wanted` slots, free ones first and then those of victims."""
+        quota = self.shape.slots_per_layer
+        num_free = len(self._free)
+        if quota is not None:
+            num_free = min(num_free, quota - self._num_held[layer])
+        slots = []
+        for _ in range(min(wanted, num_free)):
+            slots.append(self._free.pop())
+        missing = wanted - len(slots)
+        if missing <= 0:
+            return slots
+        if self._event is not None and layer == self._event.layer and own_only:
+            return slots  # a guess for the layer that is being served comes too late
+        if quota is None and not own_only:
+            return slots + self._take_shared(layer, missing, pinned)
+        candidates = [expert for expert in self._residents[layer] if expert not in pinned]
+        if candidates:
+            count = min(missing, len(candidates))
+            for victim in self.policy.victims(layer, candidates, count):
+                self._evict(layer, victim)
+                slots.append(self._free.pop())
+        return slots
+
+    def _take_shared(self, layer: int, wanted: int, pinned: Container[int]) -> list[int]:
+        """Evict the experts least worth keeping of all layers that may lose one."""
+        slots = []
+        for _ in range(wanted):
+            victim = self._lowest_of_all(layer, pinned)
+            if victim[0] == ABSENT:
+                break
+            self._evict(*victim)
+            slots.append(self._free.pop())
+        return slots
+
+    def _lowest_of_all(self, own: int, pinned: Container[int]) -> tuple[int, int]:
+        """Return (layer, expert) with the lowest score, or ABSENT twice.
+
+        Of layer `own` any expert that is not pinned; of others only from those that have more than
+        they are guaranteed. Scores of other layers are as of their last event.
+        """
+        best = (float("inf"), ABSENT, ABSENT)
+        for layer, residents in enumerate(self._residents):
+            if not residents:
+                continue
+            if layer == own:
+                candidates = [expert for expert in residents if expert not in pinned]
+                if not candidates:
+                    continue
+                found = self._lowest_of(layer, candidates)
+            elif self._num_held[layer] <= self._guaranteed:
+                continue
+            else:
+                kept = self._lowest[layer]
+                if kept is None:
+                    kept = self._lowest[layer] = self._lowest_of(layer, residents)
+                found = kept
+            if (found[0], layer, found[1]) < best:
+                best = (found[0], layer, found[1])
+        return best[1], best[2]
+
+    def _lowest_of(self, layer: int, experts: Sequence[int]) -> tuple[float, int]:
+        scores = self.policy.scores(layer, experts)
+        return min(zip(scores, experts, strict=True))
+
+    def _start(self, layer: int, expert: int, slot: int) -> None:
+        self._slot[layer][expert] = slot
+        self._num_held[layer] += 1
+        self._loading[layer, expert] = slot
+        self.counters.fetched[layer] += 1
+        self.counters.bytes[layer] += self._record_bytes
+
+    def _evict(self, layer: int, expert: int) -> None:
+        slot = self._slot[layer][expert]
+        self._slot[layer][expert] = ABSENT
+        self.slot_of_expert[layer, expert] = ABSENT
+        self._residents[layer].remove(expert)
+        self._num_held[layer] -= 1
+        self._lowest[layer] = None
+        self._free.append(slot)
+        if self._guessed and (layer, expert) in self._guessed:
+            self._guessed.remove((layer, expert))
+            self.counters.wasted[layer] += 1
+
+    def _settle_guesses(self, layer: int, hits: list[int], arriving: list[int]) -> None:
+        for expert in hits:
+            if (layer, expert) in self._guessed:
+                self._guessed.remove((layer, expert))
+                self.counters.useful[layer] += 1
+        for expert in arriving:
+            self._guessed.discard((layer, expert))
+        self.counters.late[layer] += len(arriving)
+
+
+def check_capacity(shape: CacheShape, top_k: int) -> None:
+    """Raise CapacityError where a layer could get less than top_k slots."""
+    per_layer = shape.slots_per_layer
+    if per_layer is not None and per_layer < top_k:
+        raise CapacityError(
+            f"{per_layer} expert slots a layer, but a token uses {top_k} experts of each layer; "
+            f"give at least expert_cache_slots {top_k}"
+        )
+    needed = top_k * shape.num_layers
+    if shape.total_slots < needed:
+        raise CapacityError(
+            f"{shape.total_slots} expert slots for {shape.num_layers} layers, but a token uses "
+            f"{top_k} experts of each layer; give at least {needed} in all"
+        )
