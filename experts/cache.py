@@ -9,8 +9,8 @@ served. Knows no bytes and no threads: whoever moves weights says when they have
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from moe_serve.experts.policies.base import CacheShape, EvictionPolicy
 
 Array = np.ndarray[Any, Any]
 ABSENT = -1
-FREE, LOADING, RESIDENT = 0, 1, 2
+# slots through which what does not stay streams: one is loaded while the other is read
+_STREAM_SLOTS = 2
 
 
 class Counters:
@@ -56,23 +57,39 @@ class Event:
     """One event that is being served.
 
     hits: resident when it began. arriving: on their way by a guess; whoever serves waits for them.
-    misses: to be admitted or computed elsewhere; `ExpertCache.next_wave` takes from its front.
-    All expert ids, each in rising order.
+    misses: not yet admitted, nor computed elsewhere. All expert ids. pinned: members that must not
+    be evicted yet. keep: members that stay after they were served, where the union is larger than
+    the slots.
     """
 
     layer: int
+    expert_ids: Sequence[int]
     hits: list[int]
     arriving: list[int]
     misses: list[int]
-    pinned: set[int] = field(default_factory=set)
+    pinned: set[int]
+    keep: set[int]
+    is_streamed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """A part of an event: first start `loads`, (expert, slot) each, then run the experts in `run`.
+
+    `run` are resident, or were loads of an earlier wave: who serves waits for those. Where both are
+    empty, every slot of the layer is loading a guess: wait until one has arrived, or give it up.
+    """
+
+    loads: list[tuple[int, int]]
+    run: list[int]
 
 
 class ExpertCache:
     """Slots for experts: free, loading, or resident; those an event still needs are pinned.
 
-    Serve an event so: `begin`; until `event.misses` is empty, `next_wave`, bring in what it names,
-    `loaded` for each, run the experts that are there, `release`; at last `end`. One event at a
-    time, whole steps in order. Not thread-safe: one thread owns it.
+    Serve an event so: `begin`, maybe `computed`; for each of its `waves` bring in what the wave
+    loads, saying `loaded` for each, and run what it runs; at last `end`. One event at a time, steps
+    in order. Not thread-safe: one thread owns it.
 
     slot_of_expert: int32 [num_layers, num_experts], -1 where not resident; kernels read it.
     guaranteed: slots that other layers cannot take from a layer, where they share.
@@ -109,10 +126,17 @@ class ExpertCache:
 
     # -- one event ---------------------------------------------------------------------------------
 
-    def begin(self, step: int, layer: int, expert_ids: Sequence[int]) -> Event:
+    def begin(
+        self,
+        step: int,
+        layer: int,
+        expert_ids: Sequence[int],
+        counts: Sequence[int] | None = None,
+    ) -> Event:
         """Settle hits and misses of an event, pin its members, and tell the policy.
 
-        expert_ids: the union over the step's tokens, in rising order, none twice.
+        expert_ids: the union over the step's tokens, in rising order, none twice; counts: how many
+        tokens use each: those used most stay where the union is larger than the slots.
         """
         assert self._event is None, "an event is still being served"
         slots = self._slot[layer]
@@ -131,23 +155,81 @@ class ExpertCache:
             self._settle_guesses(layer, hits, arriving)
         self.policy.touch(step, layer, expert_ids)
         self._lowest[layer] = None
-        self._event = event = Event(layer, hits, arriving, absent, set(expert_ids))
+        pinned = set(expert_ids)
+        event = Event(layer, expert_ids, hits, arriving, absent, pinned, pinned)
+        if absent and len(expert_ids) > self._most_at_once(layer):
+            self._plan_stream(event, counts)
+        self._event = event
         return event
 
-    def next_wave(self, event: Event) -> list[tuple[int, int]]:
-        """Find slots for as many of the event's misses as can be; return (expert, slot) of each.
+    def waves(self, event: Event) -> Iterator[Wave]:
+        """Yield the event's parts, each once the part before it was run.
 
-        They are taken from `event.misses`, and are loading from now on. Empty when every slot is
-        loading, or holds what this event still needs: then release, or wait for a load, and ask
-        again.
+        What can be admitted at once is, while the hits run. Where the union is larger than the
+        slots, the rest streams through those that hold nothing to keep: a wave is loaded while the
+        one before it runs, and the experts that stay come last.
         """
-        layer, wanted = event.layer, len(event.misses)
-        slots = self._make_room(layer, wanted, event.pinned)
+        layer = event.layer
+        last = event.hits
+        ready = event.arriving
+        while last or ready or event.misses:
+            limit = len(event.misses)
+            if event.is_streamed:
+                limit = min(limit, self._stream_width(event))
+            loads = self._admit(event, limit) if limit else []
+            yield Wave(loads, last)
+            if event.is_streamed:
+                event.pinned.difference_update(set(last) - event.keep)
+            last = ready + [expert for expert, _ in loads]
+            ready = []
+
+    def _admit(self, event: Event, limit: int) -> list[tuple[int, int]]:
+        slots = self._make_room(event.layer, limit, event.pinned)
         wave = list(zip(event.misses, slots, strict=False))
         del event.misses[: len(wave)]
         for expert, slot in wave:
-            self._start(layer, expert, slot)
+            self._start(event.layer, expert, slot)
         return wave
+
+    def _most_at_once(self, layer: int) -> int:
+        """Return how many experts of `layer` can be resident if no other layer gives way more."""
+        quota = self.shape.slots_per_layer
+        if quota is not None:
+            return quota
+        others = sum(
+            min(held, self._guaranteed)
+            for other, held in enumerate(self._num_held)
+            if other != layer
+        )
+        return self.shape.total_slots - others
+
+    def _plan_stream(self, event: Event, counts: Sequence[int] | None) -> None:
+        """Choose which members stay, and put the misses that do not in front.
+
+        Those used most, and of equals what the policy would keep; but two slots are left to the
+        stream, which misses that stay take over at the end.
+        """
+        scores = self.policy.scores(event.layer, event.expert_ids)
+        uses = counts if counts is not None else [1] * len(event.expert_ids)
+        worth = {
+            expert: (use, score, -expert)
+            for expert, use, score in zip(event.expert_ids, uses, scores, strict=True)
+        }
+        order = sorted(event.expert_ids, key=worth.__getitem__)
+        num_slots = self._most_at_once(event.layer)
+        kept = order[len(order) - num_slots :]
+        hits = set(event.hits)
+        kept_hits = [expert for expert in kept if expert in hits]
+        surplus = max(0, len(kept_hits) - max(0, num_slots - _STREAM_SLOTS))
+        event.keep = set(kept) - set(kept_hits[:surplus])
+        rank = {expert: (expert in event.keep, place) for place, expert in enumerate(order)}
+        event.misses.sort(key=rank.__getitem__)
+        event.is_streamed = True
+
+    def _stream_width(self, event: Event) -> int:
+        """Return how many loads a wave of a stream has: half of what is not kept from before."""
+        held = len(event.keep.intersection(event.hits))
+        return max(1, (self._most_at_once(event.layer) - held) // 2)
 
     def computed(self, event: Event, experts: Iterable[int]) -> None:
         """Take misses off the event that are served where they lie, without a slot."""
@@ -155,27 +237,28 @@ class ExpertCache:
             event.misses.remove(expert)
             self.counters.computed_on_cpu[event.layer] += 1
 
-    def release(self, event: Event) -> None:
-        """Unpin all members but those that are not served yet: a wave has run."""
-        event.pinned.clear()
-        event.pinned.update(event.misses)
-
     def end(self, event: Event) -> None:
         """End an event, also one that failed; what is loading goes on."""
         assert self._event is event
         self._event = None
 
-    def serve(self, step: int, layer: int, expert_ids: Sequence[int]) -> int:
+    def serve(
+        self,
+        step: int,
+        layer: int,
+        expert_ids: Sequence[int],
+        counts: Sequence[int] | None = None,
+    ) -> int:
         """Serve a whole event whose loads arrive at once; return its misses. This is replay."""
-        event = self.begin(step, layer, expert_ids)
+        event = self.begin(step, layer, expert_ids, counts)
         num_misses = len(event.misses) + len(event.arriving)
-        for expert in event.arriving:
-            self.loaded(layer, expert)
-        while event.misses:
-            for expert, _ in self.next_wave(event):
+        if num_misses:
+            for expert in event.arriving:
                 self.loaded(layer, expert)
-            if event.misses:
-                self.release(event)
+            for wave in self.waves(event):
+                assert wave.loads or wave.run, "every slot is loading"
+                for expert, _ in wave.loads:
+                    self.loaded(layer, expert)
         self._event = None
         return num_misses
 

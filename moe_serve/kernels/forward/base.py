@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import IntEnum
+from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from moe_serve.kernels.moe.base import ExpertTable
@@ -58,3 +60,50 @@ class ModelPart:
     embedding: Any
     norm: Tensor
     norm_eps: float
+
+
+class Stops(IntEnum):
+    """Where a forward pass stops and asks its watcher, before a layer's experts run."""
+
+    NEVER = 0
+    MISSING = 1  # where an expert that is needed is not resident
+    ALWAYS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stopped:
+    """What a forward pass shows at a layer's experts. Arrays are valid until it goes on.
+
+    expert_ids: int64 [num_tokens, top_k]; weights: float32, alike; counts: int64 [num_experts], how
+    many pairs each expert has; residual: [num_tokens, hidden_size], what entered the norm before
+    the router, in the model's dtype.
+    """
+
+    layer: int
+    expert_ids: np.ndarray[Any, Any]
+    weights: np.ndarray[Any, Any]
+    counts: np.ndarray[Any, Any]
+    residual: Tensor
+
+
+class Watcher(Protocol):
+    """Who sees which experts a step uses, and brings in what is missing.
+
+    ids, weights: int64 and float32 [num_layers, num_tokens, top_k], in which the pass notes every
+    router's choice (layers as the model counts them), or None.
+    """
+
+    @property
+    def stops(self) -> Stops: ...
+    @property
+    def ids(self) -> Tensor | None: ...
+    @property
+    def weights(self) -> Tensor | None: ...
+
+    def serve(self, stopped: Stopped) -> Iterator[tuple[Tensor | None, bool]]:
+        """Yield (only, is_last): experts that can run now, uint8 [num_experts], or None for all.
+
+        Together they are all that have pairs, each once; the last one, and it alone, says so. What
+        it raises ends the forward pass.
+        """
+        ...

@@ -8,13 +8,14 @@ own objects; nothing here decides anything.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.forward.base import LayerPart, LinearPart, ModelPart
+from moe_serve.kernels.forward.base import LayerPart, LinearPart, ModelPart, Stopped, Watcher
 from moe_serve.kernels.linear.cpu import PackedWeight
 from moe_serve.kernels.moe.cpu import ExpertTableArguments
 from moe_serve.kernels.native.library import Native, NotBuilt
@@ -80,14 +81,28 @@ class _Step(ctypes.Structure):
     )
 
 
+class _Progress(ctypes.Structure):
+    _fields_ = (
+        ("layer", ctypes.c_int64),
+        ("is_routed", ctypes.c_int32),
+        ("stops", ctypes.c_int32),
+        ("is_last", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("only", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+    )
+
+
 class Forward:
     """One model's forward pass; keeps what the native side points to."""
 
     def __init__(self, native: Native, model: ModelPart) -> None:
-        self._forward = native.function("forward", "iipppp")
+        self._forward = native.function("forward", "iippppp")
+        self._places = native.function("forward_places", "ipppp")
         self._bytes = native.function("forward_bytes", "ipp", "l")
         sizes = native.machine_function("sizes", "i", "l")
-        for index, kind in enumerate((_Layer, _Model, _Step, AttentionPlan)):
+        for index, kind in enumerate((_Layer, _Model, _Step, AttentionPlan, _Progress)):
             if sizes(index) != ctypes.sizeof(kind):
                 raise NotBuilt(f"{kind.__name__} is not the library's; install again")
         self._kept = model
@@ -116,11 +131,12 @@ class Forward:
         positions: Tensor,
         slots: Sequence[Tensor],
         plans: Sequence[Plan],
+        watcher: Watcher | None = None,
     ) -> Tensor:
         """Return the residual stream after the last norm, [num_tokens, hidden_size].
 
         token_ids, positions: int64 [num_tokens]; slots, plans: one for each cache group. Writes
-        this step's keys and values into the caches.
+        this step's keys and values into the caches. watcher: whom to ask about missing experts.
         """
         num_tokens = token_ids.shape[0]
         step = _Step(
@@ -137,15 +153,66 @@ class Forward:
             rounded = -(-needed // _WORKSPACE_STEP) * _WORKSPACE_STEP
             self._workspace = empty(rounded, dtype=torch.uint8)
         out = empty(num_tokens, self._hidden_size, dtype=self._dtype)
-        self._forward(
-            torch.get_num_threads(),
-            self._code,
-            model,
-            at,
-            self._workspace.data_ptr(),
-            pointer(out, self._dtype),
-        )
+        progress = _Progress()
+        if watcher is not None:
+            progress.stops = int(watcher.stops)
+            progress.ids = pointer_or_null(watcher.ids, torch.int64)
+            progress.weights = pointer_or_null(watcher.weights, torch.float32)
+
+        def go_on() -> None:
+            self._forward(
+                torch.get_num_threads(),
+                self._code,
+                model,
+                at,
+                self._workspace.data_ptr(),
+                ctypes.addressof(progress),
+                pointer(out, self._dtype),
+            )
+
+        go_on()
+        if watcher is not None and progress.layer < len(self._kept.layers):
+            self._serve(watcher, progress, model, at, num_tokens, go_on)
         return out
+
+    def _serve(
+        self,
+        watcher: Watcher,
+        progress: _Progress,
+        model: int,
+        step: int,
+        num_tokens: int,
+        go_on: Callable[[], None],
+    ) -> None:
+        """Ask the watcher wherever the pass stopped, until it has come to its end."""
+        places = (ctypes.c_int64 * 4)()
+        memory = self._workspace
+        self._places(self._code, model, step, memory.data_ptr(), ctypes.addressof(places))
+
+        def view(place: int, dtype: torch.dtype, *shape: int) -> Tensor:
+            return memory[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+        residual = view(places[0], self._dtype, num_tokens, self._hidden_size)
+        shapes: dict[tuple[int, int], tuple[Any, ...]] = {}
+        while (layer := progress.layer) < len(self._kept.layers):
+            moe = self._kept.layers[layer].moe
+            assert moe is not None
+            key = (moe.recipe.top_k, moe.recipe.num_experts)
+            if key not in shapes:  # mostly the same for all layers
+                shapes[key] = (
+                    view(places[2], torch.int64, num_tokens, key[0]).numpy(),
+                    view(places[1], torch.float32, num_tokens, key[0]).numpy(),
+                    view(places[3], torch.int64, key[1]).numpy(),
+                )
+            ids, weights, counts = shapes[key]
+            stopped = Stopped(
+                layer=layer, expert_ids=ids, weights=weights, counts=counts, residual=residual
+            )
+            for only, is_last in watcher.serve(stopped):
+                progress.only = pointer_or_null(only, torch.uint8)
+                progress.is_last = is_last
+                go_on()
+            assert is_last, "the experts of a layer were not all served"
 
 
 def builder(native: Native) -> Callable[[ModelPart], Forward]:

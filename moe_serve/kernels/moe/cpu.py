@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_serve.errors import CapacityError
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.kernels.native.library import Native
-from moe_serve.kernels.native.pointers import dtype_code, empty, pointer
+from moe_serve.kernels.native.pointers import dtype_code, empty, pointer, pointer_or_null
 
 _MOST_COPIES_BYTES = 2**29
 RECORD_LAYOUT = 1  # of a record's header: the tiles of native/moe.h
@@ -49,7 +49,7 @@ class MoeKernels:
     def __init__(self, native: Native) -> None:
         self._record_bytes = native.function("record_bytes", "ill", "l")
         self._pack_records = native.function("pack_records", "iipllll", "i")
-        self._moe = native.function("moe", "iipppplp", "i")
+        self._moe = native.function("moe", "iippppplp", "i")
         self._silu_and_mul = native.function("silu_and_mul", "iipllp")
 
     def record_bytes(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> int:
@@ -75,19 +75,29 @@ class MoeKernels:
             )
 
     def moe(
-        self, hidden: Tensor, row_of_pair: Tensor, counts: Tensor, experts: ExpertTable
+        self,
+        hidden: Tensor,
+        row_of_pair: Tensor,
+        counts: Tensor,
+        experts: ExpertTable,
+        only: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         hidden, row_of_pair, counts = (t.contiguous() for t in (hidden, row_of_pair, counts))
         num_pairs, dtype = row_of_pair.shape[0], experts.dtype
         assert hidden.shape[1] == experts.hidden_size, (hidden.shape, experts.hidden_size)
         assert counts.shape == (experts.num_experts,), (counts.shape, experts.num_experts)
         arguments = ExpertTableArguments.of(experts)
-        out = empty(num_pairs, experts.hidden_size, dtype=dtype)
+        if out is None:
+            out = empty(num_pairs, experts.hidden_size, dtype=dtype)
+        assert out.shape == (num_pairs, experts.hidden_size), out.shape
+        assert only is None or only.shape == counts.shape, only
         failed = self._moe(
             torch.get_num_threads(),
             dtype_code(dtype),
             ctypes.addressof(arguments),
             pointer(counts, torch.int64),
+            pointer_or_null(only, torch.uint8),
             pointer(hidden, dtype),
             pointer(row_of_pair, torch.int64),
             num_pairs,

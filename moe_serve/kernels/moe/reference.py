@@ -47,25 +47,54 @@ def pack_records_(
     padded_counts(gate_up[0], down[0])
 
 
-def moe(hidden: Tensor, row_of_pair: Tensor, counts: Tensor, experts: ExpertTable) -> Tensor:
-    """Run each expert on its rows.
+def moe(
+    hidden: Tensor,
+    row_of_pair: Tensor,
+    counts: Tensor,
+    experts: ExpertTable,
+    only: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Run each expert on its rows, or those of them that are in `only`.
 
     hidden: [num_rows, hidden_size]. row_of_pair: int64 [num_pairs], the row of each (token, expert)
     pair, pairs sorted by expert; counts: int64 [num_experts], pairs of each expert; those that have
-    any must be resident. Returns [num_pairs, hidden_size], in the order of the pairs.
+    any must be resident. only: uint8 [num_experts], 1 for the experts to run now: the pairs of the
+    others are left as they are in `out`, which is written where it is given. Returns
+    [num_pairs, hidden_size], in the order of the pairs.
     """
+    if only is not None:
+        return _run_some(hidden, row_of_pair, counts, experts, only, out)
     experts.uses.add_(counts)
     gate_up, down = plain_weights(
         experts.records, experts.hidden_size, experts.intermediate_size, experts.dtype
     )
     slots = experts.slot_of_expert.tolist()
-    return _run(
+    rows = _run(
         hidden,
         row_of_pair,
         [(slots[expert], count) for expert, count in enumerate(counts.tolist()) if count],
         gate_up,
         down,
     )
+    return rows if out is None else out.copy_(rows)
+
+
+def _run_some(
+    hidden: Tensor,
+    row_of_pair: Tensor,
+    counts: Tensor,
+    experts: ExpertTable,
+    only: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    """Run the experts in `only`, uint8 [num_experts], and put their pairs in their places."""
+    if out is None:
+        out = hidden.new_empty(row_of_pair.shape[0], hidden.shape[1])
+    chosen = only.bool()
+    is_computed = chosen.repeat_interleave(counts)  # [num_pairs]
+    out[is_computed] = moe(hidden, row_of_pair[is_computed], counts * chosen, experts)
+    return out
 
 
 def _run(

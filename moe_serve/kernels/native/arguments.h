@@ -94,4 +94,16 @@ struct StepArguments {
     const AttentionPlan* plans;
 };
 
+// Where a forward pass stands that stops for experts which are not resident, and what it is told.
+struct Progress {
+    int64_t layer;          // where to begin or go on; afterwards where it stopped, or num_layers
+    int32_t is_routed;      // that layer's tokens are routed: its experts are next
+    int32_t stops;          // 0: never; 1: where an expert is missing; 2: after every router
+    int32_t is_last;        // of the calls for this layer's experts: combine, and go on
+    int32_t reserved;
+    const uint8_t* only;    // [num_experts], the experts to run in this call, or null: all
+    int64_t* ids;           // [num_layers, num_tokens, top_k], to note each router's choice, or null
+    float* weights;         // the same for the weights
+};
+
 }  // namespace ms

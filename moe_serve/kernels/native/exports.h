@@ -121,11 +121,13 @@ MS_VISIBLE int32_t MS_EXPORT(pack_records)(
     return failed;
 }
 
-// out: [num_pairs, hidden_size]. counts: [num_experts], of the pairs, which are sorted by expert.
-// Returns 0, or 1 where there is no memory for the work space.
+// out: [num_pairs, hidden_size]. counts: [num_experts], of the pairs, which are sorted by expert;
+// only: [num_experts], those whose pairs are computed, or null. Returns 0, or 1 where there is no
+// memory for the work space.
 MS_VISIBLE int32_t MS_EXPORT(moe)(
     int32_t threads, int32_t dtype, const ms::ExpertTable* experts, const int64_t* counts,
-    const void* rows, const int64_t* row_of_pair, int64_t num_pairs, void* out) {
+    const uint8_t* only, const void* rows, const int64_t* row_of_pair, int64_t num_pairs,
+    void* out) {
     using namespace ms;
     using namespace MS_ISA;
     const int64_t stride = inner_stride(experts->intermediate_size);
@@ -134,7 +136,7 @@ MS_VISIBLE int32_t MS_EXPORT(moe)(
     void* inner = malloc(num_pairs * stride * (dtype == 0 ? 4 : 2) + 64);
     const bool has_memory = chunks && inner;
     if (has_memory) {
-        const int64_t num_chunks = list_chunks(*experts, counts, chunks);
+        const int64_t num_chunks = list_chunks(*experts, counts, only, chunks);
         MS_TEAM(moe(*experts, chunks, num_chunks, (const T*)rows, row_of_pair, (T*)inner, (T*)out));
     }
     free(inner);
@@ -150,11 +152,30 @@ MS_VISIBLE int64_t MS_EXPORT(forward_bytes)(
                       : Workspace<bf16>(*model, *step, nullptr).size;
 }
 
+// Where a stopped pass left things in `memory`: bytes from its beginning to residual, weights, ids
+// and counts.
+MS_VISIBLE void MS_EXPORT(forward_places)(
+    int32_t dtype, const ms::ModelArguments* model, const ms::StepArguments* step, char* memory,
+    int64_t* places) {
+    using namespace ms;
+    using namespace MS_ISA;
+    const auto fill = [&](const auto& work) {
+        places[0] = (char*)work.residual - memory;
+        places[1] = (char*)work.weights - memory;
+        places[2] = (char*)work.ids - memory;
+        places[3] = (char*)work.counts - memory;
+    };
+    if (dtype == 0)
+        fill(Workspace<float>(*model, *step, memory));
+    else
+        fill(Workspace<bf16>(*model, *step, memory));
+}
+
 // memory: forward_bytes of it, aligned to 64; out: [num_tokens, hidden_size].
 MS_VISIBLE void MS_EXPORT(forward)(
     int32_t threads, int32_t dtype, const ms::ModelArguments* model, const ms::StepArguments* step,
-    void* memory, void* out) {
-    MS_TEAM(forward(*model, *step, Workspace<T>(*model, *step, memory), (T*)out));
+    void* memory, ms::Progress* progress, void* out) {
+    MS_TEAM(forward(*model, *step, Workspace<T>(*model, *step, memory), *progress, (T*)out));
 }
 
 #include "attention_exports.h"

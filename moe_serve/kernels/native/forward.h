@@ -31,7 +31,7 @@ template <class T>
 struct Workspace {
     T *residual, *hidden, *delta, *qkv, *attended, *both, *inner, *pair_rows, *shared;
     float *logits, *weights, *shared_weights, *attention;
-    int64_t *ids, *row_of_pair, *pair_of_choice, *counts, *num_chunks;
+    int64_t *ids, *row_of_pair, *pair_of_choice, *counts, *num_chunks, *must_stop;
     PairChunk* chunks;
     int64_t size;
 
@@ -77,6 +77,7 @@ struct Workspace {
         pair_of_choice = pieces.get<int64_t>(tokens * top_k);
         counts = pieces.get<int64_t>(experts);
         num_chunks = pieces.get<int64_t>(1);
+        must_stop = pieces.get<int64_t>(1);
         chunks = pieces.get<PairChunk>(experts + tokens * top_k / kChunkRows + 1);
         size = pieces.size();
     }
@@ -90,11 +91,13 @@ static void dense_mlp(
     multiply(layer.down, work.inner, num_tokens, out);
 }
 
+// A layer's shared expert, and which experts its tokens go to. Returns whether to stop there.
 template <class T>
-static void moe_layer(const LayerArguments& layer, const Workspace<T>& work, int64_t num_tokens) {
-    const int64_t hidden_size = layer.experts.hidden_size;
-    const bool has_shared = layer.gate_up.packed != nullptr;
-    if (has_shared) {
+static bool route_layer(
+    const LayerArguments& layer, int64_t index, const Workspace<T>& work, int64_t num_tokens,
+    const Progress& progress) {
+    const int64_t hidden_size = layer.experts.hidden_size, top_k = layer.router.top_k;
+    if (layer.gate_up.packed) {
         dense_mlp(layer, work, num_tokens, work.shared);
         if (layer.shared_gate)
             shared_weights(
@@ -105,53 +108,105 @@ static void moe_layer(const LayerArguments& layer, const Workspace<T>& work, int
     route(layer.router, work.logits, num_tokens, work.ids, work.weights);
 #pragma omp single
     {
-        sort_pairs(work.ids, num_tokens, layer.router.top_k, layer.experts.num_experts, work.counts,
+        sort_pairs(work.ids, num_tokens, top_k, layer.experts.num_experts, work.counts,
                    work.row_of_pair, work.pair_of_choice);
-        *work.num_chunks = list_chunks(layer.experts, work.counts, work.chunks);
+        const int64_t size = num_tokens * top_k;
+        if (progress.ids) memcpy(progress.ids + index * size, work.ids, size * sizeof(int64_t));
+        if (progress.weights)
+            memcpy(progress.weights + index * size, work.weights, size * sizeof(float));
+        *work.must_stop = progress.stops == 2
+            || (progress.stops == 1 && is_any_missing(layer.experts, work.counts));
     }
-    const int64_t num_chunks = *work.num_chunks;
-    moe(layer.experts, work.chunks, num_chunks, work.hidden, work.row_of_pair, work.inner,
+    return *work.must_stop != 0;
+}
+
+// The rows of a layer's experts, or of those in `only`.
+template <class T>
+static void run_experts(
+    const LayerArguments& layer, const Workspace<T>& work, const uint8_t* only) {
+#pragma omp single
+    *work.num_chunks = list_chunks(layer.experts, work.counts, only, work.chunks);
+    moe(layer.experts, work.chunks, *work.num_chunks, work.hidden, work.row_of_pair, work.inner,
         work.pair_rows);
+}
+
+template <class T>
+static void combine_layer(
+    const LayerArguments& layer, const Workspace<T>& work, int64_t num_tokens) {
     combine<T>(
         work.pair_rows, work.pair_of_choice, work.weights, num_tokens, layer.router.top_k,
-        hidden_size, has_shared ? work.shared : nullptr,
+        layer.experts.hidden_size, layer.gate_up.packed ? work.shared : nullptr,
         layer.shared_gate ? work.shared_weights : nullptr, work.delta);
 }
 
-// out: [num_tokens, hidden_size], after the last norm.
+// Norm, attention, norm: everything of a layer before its MLP.
+template <class T>
+static void attend(
+    const ModelArguments& model, const StepArguments& step, int64_t index,
+    const Workspace<T>& work) {
+    const int64_t tokens = step.num_tokens, hidden_size = model.hidden_size;
+    const LayerArguments& layer = model.layers[index];
+    if (index == 0)
+        add_rms_norm<T>(work.residual, nullptr, (const T*)layer.attention_norm, tokens,
+                        hidden_size, model.norm_eps, work.hidden, nullptr);
+    else
+        add_rms_norm(work.delta, work.residual, (const T*)layer.attention_norm, tokens,
+                     hidden_size, model.norm_eps, work.hidden, work.residual);
+    multiply(layer.qkv, work.hidden, tokens, work.qkv);
+    rotate_and_write(layer.heads, work.qkv, tokens, step.positions, step.slots[layer.group],
+                     (T*)layer.key_cache, (T*)layer.value_cache, layer.num_slots);
+    paged_attention<T>(
+        step.plans[layer.group], work.qkv, layer.qkv.out_features, (const T*)layer.key_cache,
+        (const T*)layer.value_cache, layer.num_slots, layer.heads.num_heads,
+        layer.heads.num_kv_heads, layer.heads.head_dim, layer.scale, nullptr, work.attended,
+        work.attention);
+    multiply(layer.output, work.attended, tokens, work.delta);
+    add_rms_norm(work.delta, work.residual, (const T*)layer.mlp_norm, tokens, hidden_size,
+                 model.norm_eps, work.hidden, work.residual);
+}
+
+// out: [num_tokens, hidden_size], after the last norm, once progress.layer is num_layers. A pass
+// that stopped is called again with the same model, step and work space.
 template <class T>
 static void forward(
-    const ModelArguments& model, const StepArguments& step, const Workspace<T>& work, T* out) {
+    const ModelArguments& model, const StepArguments& step, const Workspace<T>& work,
+    Progress& told, T* out) {
+    const Progress progress = told;  // each thread its own, before anyone writes there
     const int64_t tokens = step.num_tokens, hidden_size = model.hidden_size;
     const T* table = (const T*)model.embedding;
-    if (model.is_embedding_packed)
-        gather_packed(table, hidden_size, step.token_ids, tokens, work.residual);
-    else
-        gather_rows(table, hidden_size, step.token_ids, tokens, work.residual);
-    for (int64_t index = 0; index < model.num_layers; index++) {
+    bool is_routed = progress.is_routed;
+    if (progress.layer == 0 && !is_routed) {
+        if (model.is_embedding_packed)
+            gather_packed(table, hidden_size, step.token_ids, tokens, work.residual);
+        else
+            gather_rows(table, hidden_size, step.token_ids, tokens, work.residual);
+    }
+    for (int64_t index = progress.layer; index < model.num_layers; index++) {
         const LayerArguments& layer = model.layers[index];
-        if (index == 0)
-            add_rms_norm<T>(work.residual, nullptr, (const T*)layer.attention_norm, tokens,
-                            hidden_size, model.norm_eps, work.hidden, nullptr);
-        else
-            add_rms_norm(work.delta, work.residual, (const T*)layer.attention_norm, tokens,
-                         hidden_size, model.norm_eps, work.hidden, work.residual);
-        multiply(layer.qkv, work.hidden, tokens, work.qkv);
-        rotate_and_write(layer.heads, work.qkv, tokens, step.positions, step.slots[layer.group],
-                         (T*)layer.key_cache, (T*)layer.value_cache, layer.num_slots);
-        paged_attention<T>(
-            step.plans[layer.group], work.qkv, layer.qkv.out_features, (const T*)layer.key_cache,
-            (const T*)layer.value_cache, layer.num_slots, layer.heads.num_heads,
-            layer.heads.num_kv_heads, layer.heads.head_dim, layer.scale, nullptr, work.attended,
-            work.attention);
-        multiply(layer.output, work.attended, tokens, work.delta);
-        add_rms_norm(work.delta, work.residual, (const T*)layer.mlp_norm, tokens, hidden_size,
-                     model.norm_eps, work.hidden, work.residual);
-        if (layer.is_moe)
-            moe_layer(layer, work, tokens);
-        else
+        if (!is_routed) attend(model, step, index, work);
+        if (!layer.is_moe) {
             dense_mlp(layer, work, tokens, work.delta);
+            continue;
+        }
+        if (is_routed) {
+            run_experts(layer, work, progress.only);
+            if (!progress.is_last) return;
+            is_routed = false;
+        } else {
+            if (route_layer(layer, index, work, tokens, progress)) {
+#pragma omp single
+                {
+                    told.layer = index;
+                    told.is_routed = 1;
+                }
+                return;
+            }
+            run_experts(layer, work, nullptr);
+        }
+        combine_layer(layer, work, tokens);
     }
     add_rms_norm(work.delta, work.residual, (const T*)model.norm, tokens, hidden_size,
                  model.norm_eps, out, work.residual);
+#pragma omp single
+    told.layer = model.num_layers;
 }

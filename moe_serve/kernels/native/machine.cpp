@@ -6,7 +6,7 @@
 // Raised, with ABI of library.py, whenever a function's arguments, the packed form of a weight or
 // any bit of a result changes.
 MS_VISIBLE int32_t ms_abi(void) {
-    return 1;
+    return 2;
 }
 
 // Whether the processor, and the system with it, can run x86_avx512_bf16.cpp.

@@ -75,11 +75,16 @@ struct PairChunk {
     int64_t first;
 };
 
-// List the chunks of all experts; `chunks` has room for num_experts + num_pairs / kChunkRows.
+// List the chunks of all experts, or of those in `only`, [num_experts], if it is not null; `chunks`
+// has room for num_experts + num_pairs / kChunkRows.
 static inline int64_t list_chunks(
-    const ExpertTable& experts, const int64_t* counts, PairChunk* chunks) {
+    const ExpertTable& experts, const int64_t* counts, const uint8_t* only, PairChunk* chunks) {
     int64_t num_chunks = 0, first = 0;
     for (int64_t expert = 0; expert < experts.num_experts; expert++) {
+        if (only && !only[expert]) {
+            first += counts[expert];
+            continue;
+        }
         const int64_t pieces = ceil_div(counts[expert], kChunkRows);
         for (int64_t piece = 0; piece < pieces; piece++) {
             // as even as can be: a short last chunk would keep its weights busy for few rows
@@ -91,6 +96,13 @@ static inline int64_t list_chunks(
         first += counts[expert];
     }
     return num_chunks;
+}
+
+// Whether an expert that has pairs is not resident.
+static inline bool is_any_missing(const ExpertTable& experts, const int64_t* counts) {
+    for (int64_t expert = 0; expert < experts.num_experts; expert++)
+        if (counts[expert] && experts.slot_of_expert[expert] < 0) return true;
+    return false;
 }
 
 template <class T>
