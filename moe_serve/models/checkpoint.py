@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -44,11 +44,22 @@ MAX_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One tensor of the checkpoint, and the box in tensor `target` that it fills."""
+    """A tensor of the checkpoint, from element `first`, and the box of `target` that it fills."""
 
     info: TensorInfo
     target: str
     box: tuple[slice, ...]
+    first: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        num_elements = math.prod(_sizes(self.box))
+        return num_elements * DTYPE_OF_NAME[self.info.dtype].itemsize
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where it begins, so that reads can be put in the files' order."""
+        return str(self.info.path), self.info.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,26 +78,72 @@ def load_weights(
     device: str | torch.device = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
     into: Mapping[str, Tensor] | None = None,
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Return every tensor of `spec.weights` by name, read from `folder`, in `dtype`.
 
     Those that are `is_fp32` come in float32. into: tensors, by name, to fill instead of new ones;
-    their last two dimensions must be contiguous. on_progress(bytes read, bytes in all) is called in
-    this thread as the reading goes on. Raises CheckpointError naming file and tensor for whatever
-    is missing, of another shape or dtype, or not finite once in its dtype; CapacityError when
-    memory does not suffice.
+    their last two dimensions must be contiguous. names: of the weights to read, None for all; the
+    others are checked too, as far as the headers tell. on_progress(bytes read, bytes in all) is
+    called in this thread as the reading goes on. Raises CheckpointError naming file and tensor for
+    whatever is missing, of another shape or dtype, or not finite once in its dtype; CapacityError
+    when memory does not suffice.
     """
-    checkpoint = Checkpoint.open(folder)
-    reads = _plan(checkpoint, spec)
-    _report_unused(checkpoint, spec, reads)
-    weights = allocated(spec, dtype, device, into or {})
-    _read_all(reads, weights, on_progress)
+    reader = WeightReader.open(folder, spec)
+    reader.report_unused()
+    weights = allocated(spec, dtype, device, into or {}, names)
+    reader.read(weights, on_progress=on_progress)
     return weights
 
 
-def weights_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Return what all weights of `spec` take, in bytes."""
-    return sum(weight.num_elements * held_dtype(weight, dtype).itemsize for weight in spec.weights)
+class WeightReader:
+    """The weights in a folder that was checked once, read in the parts that are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+        """Plan all reads. Raises CheckpointError for what is missing, or cannot be read."""
+        self._checkpoint = checkpoint
+        self._spec = spec
+        self._reads: dict[str, list[_Read]] = {}
+        for read in _plan(checkpoint, spec):
+            self._reads.setdefault(read.target, []).append(read)
+
+    @classmethod
+    def open(cls, folder: Path, spec: ModelSpec) -> Self:
+        """Read and check the headers in `folder`; raises CheckpointError. No weight is read."""
+        return cls(Checkpoint.open(folder), spec)
+
+    def report_unused(self) -> None:
+        """Warn of tensors that the model does not use, but for those that never matter."""
+        used = [read for reads in self._reads.values() for read in reads]
+        _report_unused(self._checkpoint, self._spec, used)
+
+    def read(
+        self,
+        weights: Mapping[str, Tensor],
+        rows: range | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Fill `weights`, tensors by the names of the spec, as `load_weights` does.
+
+        rows: of each weight's first dimension (of experts' weights: experts); the tensors then hold
+        these alone. None for all.
+        """
+        reads = [read for name in weights for read in self._reads.get(name, ())]
+        if rows is not None:
+            reads = [part for read in reads if (part := _in_rows(read, rows)) is not None]
+        _read_all(sorted(reads, key=lambda read: read.place), weights, on_progress)
+
+
+def weights_bytes(spec: ModelSpec, dtype: torch.dtype, names: Collection[str] | None = None) -> int:
+    """Return what the weights of `spec` take, in bytes: all, or those that `names` has."""
+    return sum(
+        weight.num_elements * held_dtype(weight, dtype).itemsize for weight in selected(spec, names)
+    )
+
+
+def selected(spec: ModelSpec, names: Collection[str] | None) -> list[WeightSpec]:
+    """Return the weights of `spec` that `names` has, in the spec's order; None for all."""
+    return [weight for weight in spec.weights if names is None or weight.name in names]
 
 
 def held_dtype(weight: WeightSpec, dtype: torch.dtype) -> torch.dtype:
@@ -95,15 +152,22 @@ def held_dtype(weight: WeightSpec, dtype: torch.dtype) -> torch.dtype:
 
 
 def allocated(
-    spec: ModelSpec, dtype: torch.dtype, device: str | torch.device, into: Mapping[str, Tensor]
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    into: Mapping[str, Tensor],
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Return a tensor for each weight of `spec`, not filled: that of `into`, or else a new one."""
-    total = weights_bytes(spec, dtype)
+    """Return a tensor for each weight that is `selected`: that of `into`, or else a new one.
+
+    They are not filled.
+    """
+    total = weights_bytes(spec, dtype, names)
     return {
         weight.name: into[weight.name]
         if weight.name in into
         else empty_weight(weight, dtype, device, total)
-        for weight in spec.weights
+        for weight in selected(spec, names)
     }
 
 
@@ -123,7 +187,7 @@ def empty_weight(
 
 
 def _plan(checkpoint: Checkpoint, spec: ModelSpec) -> list[_Read]:
-    """Choose each weight's layout; list what to read, in the files' order. Nothing is read."""
+    """Choose each weight's layout; list what to read. Nothing is read."""
     reads: list[_Read] = []
     problems: list[str] = []
     for weight in spec.weights:
@@ -138,7 +202,7 @@ def _plan(checkpoint: Checkpoint, spec: ModelSpec) -> list[_Read]:
             elif info is not None:
                 reads.append(_Read(info, weight.name, _box(weight, part)))
     raise_if_any(checkpoint.folder, problems)
-    return sorted(reads, key=lambda read: (str(read.info.path), read.info.offset))
+    return reads
 
 
 def _chosen_layout(weight: WeightSpec, tensors: dict[str, TensorInfo]) -> tuple[Part, ...]:
@@ -173,6 +237,26 @@ def _box(weight: WeightSpec, part: Part) -> tuple[slice, ...]:
     return box
 
 
+def _sizes(box: tuple[slice, ...]) -> list[int]:
+    return [part.stop - part.start for part in box]
+
+
+def _in_rows(read: _Read, rows: range) -> _Read | None:
+    """Cut a read to some rows of its target, which begins with the first of them.
+
+    None where it has none of them. A part of the checkpoint lies in the order of its target's rows,
+    so that a cut is one stretch too.
+    """
+    whole = read.box[0]
+    begin, end = max(whole.start, rows.start), min(whole.stop, rows.stop)
+    if begin >= end:
+        return None
+    row_elements = math.prod(_sizes(read.box[1:]))
+    box = (slice(begin - rows.start, end - rows.start), *read.box[1:])
+    first = read.first + (begin - whole.start) * row_elements
+    return _Read(read.info, read.target, box, first)
+
+
 def _report_unused(checkpoint: Checkpoint, spec: ModelSpec, reads: Sequence[_Read]) -> None:
     """Warn of tensors that the model does not use, but for those that never matter."""
     used = {read.info.name for read in reads}
@@ -196,11 +280,11 @@ def _report_unused(checkpoint: Checkpoint, spec: ModelSpec, reads: Sequence[_Rea
 
 def _read_all(
     reads: Sequence[_Read],
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
     """Fill `weights` by `reads`, with a few threads: the system copies while others wait."""
-    total = sum(read.info.num_bytes for read in reads)
+    total = sum(read.num_bytes for read in reads)
     done = 0
     with ExitStack() as stack:
         files = {
@@ -213,7 +297,7 @@ def _read_all(
         tasks = [
             pool.submit(_read_run, run, files[run.info.path])
             for read in reads
-            for run in _runs(read.info, weights[read.target][read.box], 0)
+            for run in _runs(read.info, weights[read.target][read.box], read.first)
         ]
         for task in tasks:
             done += task.result()

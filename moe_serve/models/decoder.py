@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moe_serve.comm import local
 from moe_serve.errors import CapacityError
-from moe_serve.experts.executor import ResidentExperts
-from moe_serve.kernels.forward.base import LayerPart, ModelPart
+from moe_serve.experts.executor import Experts
+from moe_serve.kernels.forward.base import LayerPart, ModelPart, Watcher
 from moe_serve.kernels.rope.base import Heads
 from moe_serve.kernels.suite import Kernels
 from moe_serve.layers.attention import Attention, AttentionInput, LayerCache
@@ -65,6 +65,8 @@ class DecoderLayer:
         hidden, residual = self._kernels.add_rms_norm(
             hidden, residual, self._mlp_norm, self._norm_eps
         )
+        if isinstance(self.mlp, MoeLayer):
+            return self.mlp(hidden, residual), residual
         return self.mlp(hidden), residual
 
     def part(self, cache: LayerCache, group: int) -> LayerPart:
@@ -119,7 +121,7 @@ class Decoder:
         self,
         spec: ModelSpec,
         weights: dict[str, Tensor],
-        experts: ResidentExperts,
+        experts: Experts,
         kernels: Kernels,
         max_model_len: int,
     ) -> None:
@@ -231,8 +233,11 @@ class Decoder:
             return self._head.rows(token_ids)
         return self.embedding[token_ids]
 
-    def fused(self, caches: list[LayerCache]) -> Callable[[ForwardBatch], Tensor] | None:
-        """Return `forward` on these caches as one call of the kernels, where they have that."""
+    def fused(self, caches: list[LayerCache]) -> Callable[..., Tensor] | None:
+        """Return `forward` on these caches as one call of the kernels, where they have that.
+
+        It takes whom to ask at the experts, if anyone, besides the batch.
+        """
         if self.kernels.build_forward is None:
             return None
         run = self.kernels.build_forward(
@@ -246,9 +251,12 @@ class Decoder:
                 norm_eps=self.spec.norm_eps,
             )
         )
-        return lambda batch: run(
-            batch.token_ids, batch.positions, batch.slot_mapping, self.plans(batch)
-        )
+
+        def fused(batch: ForwardBatch, watcher: Watcher | None = None) -> Tensor:
+            slots = batch.slot_mapping
+            return run(batch.token_ids, batch.positions, slots, self.plans(batch), watcher)
+
+        return fused
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 [num_rows, vocab_size] for rows of `forward`'s result.

@@ -5,17 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_serve.errors import ConfigError
 from moe_serve.experts.executor import ResidentExperts
+from moe_serve.experts.recorder import RoutingRecorder
 from moe_serve.experts.records import ExpertArena
 from moe_serve.kernels.suite import Kernels
 from moe_serve.models.spec import ModelSpec
 
 
+def expert_names(layer: int) -> tuple[str, str]:
+    """Return the names in `ModelSpec.weights` of a layer's gate_up and down of all experts."""
+    return f"layers.{layer}.experts.gate_up", f"layers.{layer}.experts.down"
+
+
+def moe_layers(spec: ModelSpec) -> tuple[int, ...]:
+    """Return the layers that have experts."""
+    return tuple(index for index, layer in enumerate(spec.layers) if layer.moe is not None)
+
+
+def names_without_experts(spec: ModelSpec) -> frozenset[str]:
+    """Return the names of all weights that are no expert's: what is held whatever is offloaded."""
+    experts = {name for layer in moe_layers(spec) for name in expert_names(layer)}
+    return frozenset(weight.name for weight in spec.weights) - experts
+
+
 class ExpertWeights:
     """The arenas of all MoE layers of a model: one for each shape of experts, mostly one in all."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, kernels: Kernels) -> None:
-        """Allocate. Raises CapacityError where there is no memory."""
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, kernels: Kernels, slots_before: int = 0
+    ) -> None:
+        """Allocate. Raises CapacityError where there is no memory.
+
+        slots_before: slots of a cache, in front of each arena's records.
+        """
         self._kernels = kernels
         layers_of_shape: dict[tuple[int, int], list[int]] = {}
         for index, layer in enumerate(spec.layers):
@@ -30,6 +53,7 @@ class ExpertWeights:
                 size,
                 dtype,
                 kernels.record_bytes(spec.hidden_size, size, dtype),
+                slots_before,
             )
             for (num_experts, size), layers in layers_of_shape.items()
         ]
@@ -39,14 +63,28 @@ class ExpertWeights:
         views: dict[str, Tensor] = {}
         for arena in self._arenas:
             for layer in arena.layers:
-                gate_up, down = arena.plain_weights(layer)
-                views[f"layers.{layer}.experts.gate_up"] = gate_up
-                views[f"layers.{layer}.experts.down"] = down
+                views |= zip(expert_names(layer), arena.plain_weights(layer), strict=True)
         return views
 
-    def packed(self) -> ResidentExperts:
+    def pack(self) -> None:
         """Pack what was filled, in place; what `plain` returned means nothing from then on."""
         for arena in self._arenas:
             arena.pack(self._kernels.pack_records_, self._kernels.record_layout)
+
+    def packed(self, recorder: RoutingRecorder | None = None) -> ResidentExperts:
+        """Pack, and return experts that are all resident."""
+        self.pack()
         tables = {layer: arena.table(layer) for arena in self._arenas for layer in arena.layers}
-        return ResidentExperts(self._kernels.moe, tables)
+        return ResidentExperts(self._kernels.moe, tables, recorder)
+
+    def only_arena(self) -> ExpertArena:
+        """Return the arena of a model whose experts all have one shape.
+
+        Raises ConfigError for another one: its records cannot share slots in host memory.
+        """
+        if len(self._arenas) != 1:
+            raise ConfigError(
+                f"the experts have {len(self._arenas)} shapes; behind an emulated link they must "
+                "have one: leave emulate_link out"
+            )
+        return self._arenas[0]

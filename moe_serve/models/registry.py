@@ -15,6 +15,7 @@ _MACHINERY = frozenset(
         "checkpoint_folder",
         "decoder",
         "dummy",
+        "expert_packing",
         "expert_weights",
         "hf_config",
         "registry",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -224,17 +225,45 @@ def test_is_finite(dtype: torch.dtype, size: int) -> None:
             assert not is_finite(broken)
 
 
-def test_hash_is_of_config_and_headers(tmp_path: Path) -> None:
+def test_hash_is_of_config_headers_times_and_samples(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "one")
     write_checkpoint(tmp_path / "two")
     first = model_hash(tmp_path / "one")
+    weights = tmp_path / "two" / "model.safetensors"
+    status = (tmp_path / "one" / "model.safetensors").stat()
+    times = (status.st_atime_ns, status.st_mtime_ns)
+    os.utime(weights, ns=times)
     assert first == model_hash(tmp_path / "two")
+    os.utime(weights, ns=(times[0], times[1] + 1))
+    assert first != model_hash(tmp_path / "two")
+    os.utime(weights, ns=times)
     config = tmp_path / "two" / "config.json"
     fields = json.loads(config.read_text())
     config.write_text(json.dumps({**fields, "eos_token_id": 1}))
     assert first != model_hash(tmp_path / "two")
+    config.write_text(json.dumps(fields))
+    assert first == model_hash(tmp_path / "two")
     write_checkpoint(tmp_path / "two", is_sharded=True)
     assert first != model_hash(tmp_path / "two")
+
+
+def test_hash_tells_fine_tunes_apart_that_were_written_at_the_same_time(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    path = tmp_path / "model.safetensors"
+    written(tmp_path, {"w": normal(1000, 1000)})
+    hashes = set()
+    for step in (0.0, 1e-3, 2e-3):  # all of the weights change a little, as in training
+        written(tmp_path, {"w": normal(1000, 1000) + step})
+        os.utime(path, ns=(1, 1))
+        hashes.add(model_hash(tmp_path))
+    assert len(hashes) == 3
+    data = bytearray(path.read_bytes())
+    for place in (-1, 4_000_000 // 63 + 50):  # of the last block, and of the second
+        data[place] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(1, 1))
+        hashes.add(model_hash(tmp_path))
+    assert len(hashes) == 5
 
 
 MEASURE = """

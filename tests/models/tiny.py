@@ -124,6 +124,7 @@ def batch_of(runs: list[Run], block_size: int) -> ForwardBatch:
         token_ids=torch.tensor(tokens),
         positions=torch.cat(positions),
         sequence_ids=torch.repeat_interleave(torch.arange(len(runs)), lengths),
+        prompt_lens=tuple(len(run.token_ids) for run in runs),
         query_lens=tuple(run.length for run in runs),
         context_lens=tuple(run.start + run.length for run in runs),
         slot_mapping=tuple(slots),
