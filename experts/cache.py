@@ -169,7 +169,6 @@ class ExpertCache:
         slots, the rest streams through those that hold nothing to keep: a wave is loaded while the
         one before it runs, and the experts that stay come last.
         """
-        layer = event.layer
         last = event.hits
         ready = event.arriving
         while last or ready or event.misses:
@@ -240,6 +239,10 @@ class ExpertCache:
     def end(self, event: Event) -> None:
         """End an event, also one that failed; what is loading goes on."""
         assert self._event is event
+        self._event = None
+
+    def abandon(self) -> None:
+        """End whatever event is being served: its step was given up."""
         self._event = None
 
     def serve(
@@ -368,6 +371,18 @@ class ExpertCache:
         """Return whether an expert is neither resident nor on its way."""
         return self._slot[layer][expert] == ABSENT
 
+    def absent(self, layer: int) -> Array:
+        """Return bool [num_experts]: neither resident nor on its way."""
+        is_absent: Array = self.slot_of_expert[layer] == ABSENT
+        for other, expert in self._loading:
+            if other == layer:
+                is_absent[expert] = False
+        return is_absent
+
+    def loading(self, layer: int) -> list[int]:
+        """Return the experts of a layer that are on their way."""
+        return [expert for other, expert in self._loading if other == layer]
+
     def residents(self, layer: int) -> list[int]:
         """Return the resident experts of a layer, sorted."""
         return list(self._residents[layer])
@@ -375,6 +390,11 @@ class ExpertCache:
     def num_resident(self) -> list[int]:
         """Return how many experts of each layer are resident."""
         return [len(residents) for residents in self._residents]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every expert is resident."""
+        return sum(map(len, self._residents)) == self.shape.num_layers * self.shape.num_experts
 
     @property
     def num_loading(self) -> int:

@@ -1,22 +1,116 @@
-"""Runs experts on the rows that arrived for them. Here all experts are resident."""
+"""Runs experts on the rows that arrived for them; here all are resident, which is the fast path."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from moe_serve.comm.base import Inbox
+from moe_serve.experts.profile import ProfileKeeper
+from moe_serve.experts.recorder import RoutingRecorder, StepNotes
+from moe_serve.kernels.forward.base import Stopped, Stops, Watcher
 from moe_serve.kernels.moe.base import ExpertTable
+from moe_serve.types import ForwardBatch, Routing
+
+Replay = Callable[[ForwardBatch, StepNotes], None]
+
+
+class Experts(Protocol):
+    """The experts of all layers of a model, wherever they are. layers: tables by layer."""
+
+    @property
+    def layers(self) -> dict[int, ExpertTable]: ...
+
+    def step(self, batch: ForwardBatch) -> AbstractContextManager[Watcher | None]:
+        """Enclose a forward pass; gives what a fused pass must ask, or None."""
+        ...
+
+    def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
+        """Return one row for each pair of the inbox, unweighted, [num_pairs, hidden_size].
+
+        routing, residual: of this rank's own tokens, for records and predictions; see `Stopped`.
+        """
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Return what happened since the start, as JSON can hold it."""
+        ...
+
+    def close(self) -> None:
+        """End what runs beside the steps, and write what is to be kept."""
+        ...
 
 
 class ResidentExperts:
-    """Every expert of every MoE layer, held in memory. layers: tables by layer."""
+    """Every expert of every MoE layer, held in memory. layers: tables by layer.
 
-    def __init__(self, moe: Callable[..., Tensor], layers: dict[int, ExpertTable]) -> None:
+    replay: for studies; fills a step's notes, which a fused pass then takes for its routing.
+    """
+
+    def __init__(
+        self,
+        moe: Callable[..., Tensor],
+        layers: dict[int, ExpertTable],
+        top_k: int,
+        recorder: RoutingRecorder | None = None,
+        keeper: ProfileKeeper | None = None,
+    ) -> None:
         self._moe = moe
         self.layers = layers
+        self.top_k = top_k
+        self.recorder = recorder
+        self._keeper = keeper
+        self.replay: Replay | None = None
+        self._step = 0
+        self._notes: StepNotes | None = None
 
-    def run(self, layer: int, inbox: Inbox) -> Tensor:
-        """Return one row for each pair of the inbox, unweighted, [num_pairs, hidden_size]."""
+    @contextmanager
+    def step(self, batch: ForwardBatch) -> Iterator[Watcher | None]:
+        """Enclose a forward pass; nothing is asked, but a recorder has it noted."""
+        if self.recorder is None and self.replay is None:
+            yield None
+            return
+        self._notes = StepNotes(max(self.layers) + 1, batch.num_tokens, self.top_k)
+        if self.replay is not None:
+            self.replay(batch, self._notes)
+        try:
+            yield _Noting(self._notes, self.replay is not None)
+            if self.recorder is not None:
+                self.recorder.add(self._step, batch, self._notes)
+        finally:
+            self._step += 1
+            self._notes = None
+
+    def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
+        """See `Experts`."""
+        if self._notes is not None:
+            self._notes.note(layer, routing)
         return self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, self.layers[layer])
+
+    def report(self) -> dict[str, Any]:
+        """See `Experts`: all is resident, so there is nothing to tell."""
+        return {}
+
+    def close(self) -> None:
+        """Write the trace and the profile, if they were asked for."""
+        if self.recorder is not None:
+            self.recorder.close()
+        if self._keeper is not None:
+            self._keeper.write(self.layers)
+
+
+class _Noting:
+    """A watcher that only has things noted, or shows what to take."""
+
+    stops = Stops.NEVER
+
+    def __init__(self, notes: StepNotes, is_forced: bool) -> None:
+        self.ids = notes.ids
+        self.weights = notes.weights
+        self.is_forced = is_forced
+
+    def serve(self, stopped: Stopped) -> Iterator[tuple[Tensor | None, bool]]:
+        raise AssertionError("a pass that never stops has stopped")

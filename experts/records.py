@@ -76,17 +76,22 @@ class ExpertArena:
         intermediate_size: int,
         dtype: torch.dtype,
         bytes_of_kernel: int,
+        slots_before: int = 0,
     ) -> None:
-        """Allocate. bytes_of_kernel: `record_bytes` of the kernels, before rounding up."""
+        """Allocate. bytes_of_kernel: `record_bytes` of the kernels, before rounding up.
+
+        slots_before: how many slots to leave free in front, for a cache of these records.
+        """
         self.layers = tuple(layers)
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.dtype = dtype
         self.record_bytes = -(-bytes_of_kernel // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
-        num_slots = len(self.layers) * num_experts
+        num_slots = slots_before + len(self.layers) * num_experts
         memory = allocate(num_slots * self.record_bytes)
-        self.records = memory.view(num_slots, self.record_bytes)
+        self.slots = memory.view(num_slots, self.record_bytes)
+        self.records = self.slots[slots_before:]
 
     def plain_weights(self, layer: int) -> tuple[Tensor, Tensor]:
         """View a layer's gate_up and down before they are packed; see kernels/moe/base.py."""

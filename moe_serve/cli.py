@@ -456,7 +456,7 @@ def _json_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
             for completion in output.outputs
         ],
         "metrics": llm.last_run.to_json(),
-        "experts": {},
+        "experts": dict(llm.engine.stats().experts),
         "ranks": [],
     }
 
@@ -488,6 +488,12 @@ def _close(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
         _note(f"error: {why}")
     if llm.last_run is not None:
         _note(llm.last_run.line(), program="")
+    experts = llm.engine.stats().experts
+    if experts:
+        from moe_serve.text.run_metrics import experts_line  # imports torch
+
+        _note(experts_line(experts), program="")
+    llm.close()
     if failed:
         raise typer.Exit(1)
 

@@ -128,6 +128,87 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """Where expert weights are, who leaves when a slot is needed, and what is brought in early."""
+
+    expert_cache_slots: int | None = field(
+        default=None,
+        metadata={"help": "Experts of each layer held in memory; default: what fits."},
+    )
+    expert_cache_gb: float | None = field(
+        default=None, metadata={"help": "Memory for experts, GiB; default: what fits."}
+    )
+    expert_cache_scope: str = field(
+        default="layer",
+        metadata={
+            "help": "layer: each has its own slots; shared: beyond top_k a layer, all draw on one "
+            "pool; global: one pool.",
+            "choices": ("layer", "shared", "global"),
+        },
+    )
+    eviction: str = field(
+        default="adaptive",
+        metadata={"help": "A file in experts/policies.", "package": "moe_serve.experts.policies"},
+    )
+    prefetch: str = field(
+        default="auto",
+        metadata={
+            "help": "Bring experts in before they are needed: on, off, or auto: while that pays.",
+            "choices": ("auto", "on", "off"),
+        },
+    )
+    predictor: str = field(
+        default="learned_ids",
+        metadata={"help": "A file in predictors.", "package": "moe_serve.predictors"},
+    )
+    predictor_state: str | None = field(
+        default=None,
+        metadata={"help": "A file of train-predictor to start from; it is adapted as it runs."},
+    )
+    miss: str = field(
+        default="auto",
+        metadata={
+            "help": "What is not there is copied; split: or run where it lies, so that both end "
+            "together; auto: split where that gives the same bits.",
+            "choices": ("auto", "copy", "split"),
+        },
+    )
+    expert_store: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the packed experts; default: in the user's cache."},
+    )
+    usage_profile: str | None = field(
+        default=None,
+        metadata={"help": "File of which experts were used: read at start, written at the end."},
+    )
+    record_trace: str | None = field(
+        default=None, metadata={"help": "Record every token's experts in this .npz file."}
+    )
+    emulate_link: float | None = field(
+        default=None,
+        metadata={
+            "help": "For measurements: experts in host memory behind a link of so many GB/s."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _within("expert_cache_slots", self.expert_cache_slots, 1)
+        for name in ("expert_cache_gb", "emulate_link"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= _MAX_KV_GIB:
+                raise ConfigError(f"{name} is {value}; it must be above 0, at most {_MAX_KV_GIB}")
+        if self.expert_cache_slots is not None and self.expert_cache_gb is not None:
+            raise ConfigError(
+                "expert_cache_slots and expert_cache_gb both set the experts' memory; give one"
+            )
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the options say how much memory experts get."""
+        return self.expert_cache_slots is not None or self.expert_cache_gb is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
     """What computes."""
 
@@ -168,6 +249,7 @@ class EngineConfig:
     weights: ModelConfig = field(default_factory=ModelConfig)
     kv: KVConfig = field(default_factory=KVConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     @classmethod

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class TokenEngine(Protocol):
     def abort(self, request_id: str) -> bool: ...
     def stop(self, request_id: str, index: int) -> bool: ...
     def stats(self) -> EngineStats: ...
+    def close(self) -> None: ...
 
 
 class LLM:
@@ -155,6 +157,7 @@ class LLM:
                 vocab_size,
             )
         self.engine = engine
+        self._end = weakref.finalize(self, engine.close)
         self.tokenizer = tokenizer
         self.requests = RequestMaker(
             vocab_size=vocab_size,
@@ -168,6 +171,20 @@ class LLM:
         self._num_made = 0
         self._active: dict[str, _Served] = {}
         self._untold: deque[StepOutput] = deque()
+
+    def close(self) -> None:
+        """Stop what runs in the background; write traces and profiles that were asked for.
+
+        Also done when the object goes, and at the interpreter's exit; twice does no harm. Raises
+        TraceError for what cannot be written.
+        """
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def model(self) -> str:

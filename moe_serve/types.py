@@ -267,9 +267,10 @@ class ForwardBatch:
     A step holds `num_seqs` runs of consecutive tokens, one per sequence, decodes first. Tensors
     named per group have one entry for each of the model's cache groups, in the model's order.
 
-    token_ids, positions, sequence_ids: int64 [num_tokens]; sequence_ids is the row among num_seqs.
+    token_ids, positions: int64 [num_tokens]. sequence_ids: int64 [num_tokens], a number that a
+        sequence keeps all its life and that no other has.
     query_lens, context_lens: how many tokens of each sequence run now, and how many there are in
-        the cache with these written; tuples of num_seqs.
+        the cache with these written; prompt_lens: how many its prompt has; tuples of num_seqs.
     slot_mapping: per group, int64 [num_tokens]: where each token's key and value are written,
         block id * block_size + offset.
     block_tables: per group, int32 [num_seqs, max_blocks]; entries past the context, and those that
@@ -282,6 +283,7 @@ class ForwardBatch:
     sequence_ids: Tensor
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
+    prompt_lens: tuple[int, ...]
     slot_mapping: tuple[Tensor, ...]
     block_tables: tuple[Tensor, ...]
     block_size: int

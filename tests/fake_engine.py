@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CapacityError
@@ -28,6 +28,7 @@ class FakeStats:
     prefix_hit_tokens: int = 0
     model_bytes: int = 2**20
     kv_bytes: int = 2**21
+    experts: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,6 +78,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.stopped: list[tuple[str, int]] = []
         self.most_at_once = 0
+        self.is_closed = False
         self._reply = reply
         self._error_id = error_id
         self._capacity = capacity
@@ -134,6 +136,9 @@ class FakeEngine:
             o for o in self._outputs if (o.request.request_id, o.index) != (request_id, index)
         ]
         return len(self._outputs) < before
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def stats(self) -> FakeStats:
         return FakeStats()

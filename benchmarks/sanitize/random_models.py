@@ -96,6 +96,7 @@ def _batch(
         sequence_ids=sequences,
         query_lens=tuple(queries),
         context_lens=tuple(contexts),
+        prompt_lens=tuple(contexts),
         slot_mapping=(slots,) * num_groups,
         block_tables=(tables,) * num_groups,
         block_size=block_size,

@@ -22,6 +22,16 @@ class CacheShape:
     slots_per_layer: int | None
     total_slots: int
 
+    def with_slots(self, per_layer: int) -> CacheShape:
+        """Return the same with `per_layer` slots for each layer, or as many in all if shared."""
+        is_shared = self.slots_per_layer is None
+        return CacheShape(
+            num_layers=self.num_layers,
+            num_experts=self.num_experts,
+            slots_per_layer=None if is_shared else per_layer,
+            total_slots=per_layer * self.num_layers,
+        )
+
 
 class EvictionPolicy(ABC):
     """An order over resident experts, kept up by what is used.
@@ -53,6 +63,13 @@ class EvictionPolicy(ABC):
             return [candidates[min(range(len(candidates)), key=scores.__getitem__)]]
         order = sorted(range(len(candidates)), key=scores.__getitem__)  # stable
         return [candidates[index] for index in order[:count]]
+
+    def admits(self, layer: int, expert: int) -> bool:
+        """Return whether a missing expert is worth a slot; otherwise it is served where it lies.
+
+        True for all policies but those that hold a fixed set.
+        """
+        return True
 
     def resize(self, shape: CacheShape) -> None:  # noqa: B027 - most do not count slots
         """Take note that there are other numbers of slots from now on, and nothing else."""

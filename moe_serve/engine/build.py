@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moe_serve import plugin
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
+from moe_serve.engine.expert_parts import ExpertParts
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.memory import available_bytes, num_kv_blocks
 from moe_serve.engine.model_runner import ModelRunner
+from moe_serve.engine.residency import plan_residency
 from moe_serve.engine.sampler import Sampler
 from moe_serve.engine.scheduler import Scheduler
 from moe_serve.errors import ConfigError
 from moe_serve.kernels import suite
-from moe_serve.models.checkpoint import load_weights, weights_bytes
-from moe_serve.models.decoder import build_decoder
-from moe_serve.models.dummy import dummy_weights
+from moe_serve.models.decoder import Decoder
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.types import DTYPES
@@ -52,14 +51,14 @@ def build_engine(
     spec = read_spec(hf_config)
     dtype = _dtype(config.weights.dtype, hf_config.dtype)
     max_model_len = _max_model_len(config.weights.max_model_len, spec.max_position_embeddings)
-    num_blocks = num_kv_blocks(config, spec, dtype, max_model_len, available_bytes())
-
-    def load(into: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if config.weights.load_format == "dummy":
-            return dummy_weights(spec, dtype, into=into)
-        return load_weights(folder, spec, dtype, on_progress=on_progress, into=into)
-
-    model = build_decoder(spec, dtype, kernels, max_model_len, load)
+    available = available_bytes()
+    residency = plan_residency(config, spec, dtype, kernels, max_model_len, available)
+    num_blocks = num_kv_blocks(config, spec, dtype, max_model_len, available, residency.model_bytes)
+    numerics_id = f"{kernels.numerics_id}-{str(dtype).removeprefix('torch.')}"
+    weights, experts = ExpertParts(
+        config, spec, dtype, kernels, residency, folder, numerics_id, on_progress
+    ).load()
+    model = Decoder(spec, weights, experts, kernels, max_model_len)
     block_size = config.kv.block_size
     kv = KVCacheManager(
         model.groups,
@@ -90,8 +89,8 @@ def build_engine(
         scheduler,
         ModelRunner(model, kv, num_blocks, sampler, config.runtime.fused),
         max_model_len=max_model_len,
-        numerics_id=f"{kernels.numerics_id}-{str(dtype).removeprefix('torch.')}",
-        model_bytes=weights_bytes(spec, dtype),
+        numerics_id=numerics_id,
+        model_bytes=residency.model_bytes,
         kv_bytes=kv_bytes,
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from moe_serve.config import EngineConfig
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.scheduler import Scheduler
-from moe_serve.errors import RequestError
+from moe_serve.errors import ConfigError, MoeServeError, RequestError
+from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.models.spec import ModelSpec
 from moe_serve.types import Request, StepOutput
 
@@ -17,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """Counts since the engine was built; sizes in bytes."""
+    """Counts since the engine was built; sizes in bytes. experts: {} where all are held."""
 
     num_preemptions: int
     prefix_hit_tokens: int
@@ -25,6 +27,7 @@ class EngineStats:
     num_running: int
     model_bytes: int
     kv_bytes: int
+    experts: dict[str, Any] = field(default_factory=dict)
 
 
 class Engine:
@@ -70,7 +73,7 @@ class Engine:
             return []
         try:
             output = self.runner.run(step)
-        except (RuntimeError, MemoryError, ArithmeticError) as error:
+        except (RuntimeError, MemoryError, ArithmeticError, MoeServeError) as error:
             logger.debug("step %d failed", step.step, exc_info=True)
             return self.scheduler.fail(step, f"the step failed: {type(error).__name__}: {error}")
         except BaseException:  # an interrupt, or a fault of ours
@@ -98,7 +101,29 @@ class Engine:
             num_running=self.scheduler.num_running,
             model_bytes=self._model_bytes,
             kv_bytes=self._kv_bytes,
+            experts=self.runner.model.experts.report(),
         )
+
+    def resize_expert_cache(self, slots_per_layer: int) -> None:
+        """Hold another number of experts of each layer, from the next step on.
+
+        Raises CapacityError for fewer than a token uses, or more than memory can hold; ConfigError
+        where the engine was built to hold all experts.
+        """
+        experts = self.runner.model.experts
+        if not isinstance(experts, OffloadedExperts):
+            raise ConfigError(
+                "all experts are held, so there is no cache to resize; build the engine with "
+                "expert_cache_slots or expert_cache_gb"
+            )
+        experts.resize(experts.cache.shape.with_slots(slots_per_layer))
+
+    def close(self) -> None:
+        """Stop what runs beside the steps, and write traces and profiles that were asked for.
+
+        No step may follow. Raises TraceError for what cannot be written.
+        """
+        self.runner.model.experts.close()
 
     def _check_ids(self, request: Request) -> None:
         """Refuse token ids that the model does not have, wherever a request names them."""

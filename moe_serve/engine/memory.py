@@ -10,7 +10,6 @@ import torch
 
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CapacityError
-from moe_serve.models.checkpoint import weights_bytes
 from moe_serve.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -20,8 +19,8 @@ _KV_SHARE = 0.25
 # what the block pool itself keeps of a block: an entry in three lists and an int
 _POOL_BYTES_PER_BLOCK = 64
 _TABLE_ENTRY_BYTES = 4
-_GIB = 2**30
-_UNKNOWN = 4 * _GIB
+GIB = 2**30
+_UNKNOWN = 4 * GIB
 
 
 def num_kv_blocks(
@@ -30,26 +29,26 @@ def num_kv_blocks(
     dtype: torch.dtype,
     max_model_len: int,
     available: int,
+    weights: int,
 ) -> tuple[int, ...]:
     """Return how many usable blocks each cache group gets: the same number for all.
 
     As the options say, or else enough for `max_num_seqs` requests of full length, but at most a
-    quarter of what the model leaves of `available` bytes. Raises CapacityError when weights, tables
-    and blocks together need more than is available.
+    quarter of what the model leaves of `available` bytes. weights: the bytes of the model's weights
+    that are held. Raises CapacityError when weights, tables and blocks together need more than is
+    available.
     """
     groups = spec.cache_groups(dtype.itemsize)
     tokens_bytes = sum(group.bytes_per_token for group in groups) * config.kv.block_size
     block_bytes = tokens_bytes + _POOL_BYTES_PER_BLOCK * len(groups)
-    weights = weights_bytes(spec, dtype)
     blocks_per_request = -(-max_model_len // config.kv.block_size)
-    tables = _rotary_bytes(spec, max_model_len)
-    tables += len(groups) * config.scheduler.max_num_seqs * blocks_per_request * _TABLE_ENTRY_BYTES
+    tables = table_bytes(config, spec, max_model_len)
     free = available - weights - tables
     if free < 0:
         raise CapacityError(
-            f"the model needs {_text(weights)} for its weights and {_text(tables)} for the rotary "
-            f"table and the block tables of {config.scheduler.max_num_seqs} requests of "
-            f"max_model_len {max_model_len}, but {_text(available)} are available; "
+            f"the model needs {text_of(weights)} for its weights and {text_of(tables)} for the "
+            f"rotary table and the block tables of {config.scheduler.max_num_seqs} requests of "
+            f"max_model_len {max_model_len}, but {text_of(available)} are available; "
             + (
                 "use a smaller model or dtype"
                 if weights > available
@@ -59,7 +58,7 @@ def num_kv_blocks(
     if config.kv.num_kv_blocks is not None:
         count = config.kv.num_kv_blocks
     elif config.kv.kv_cache_gb is not None:
-        count = int(config.kv.kv_cache_gb * _GIB) // tokens_bytes
+        count = int(config.kv.kv_cache_gb * GIB) // tokens_bytes
         if count < 1:
             raise CapacityError(
                 f"kv_cache_gb is {config.kv.kv_cache_gb:g}, less than one block of "
@@ -82,10 +81,10 @@ def num_kv_blocks(
     if kv > free:
         most = free // block_bytes - 1
         raise CapacityError(
-            f"{count} KV blocks of {config.kv.block_size} tokens need {_text(kv)} and the model "
-            f"{_text(weights + tables)}, but {_text(available)} are available; "
+            f"{count} KV blocks of {config.kv.block_size} tokens need {text_of(kv)} and the model "
+            f"{text_of(weights + tables)}, but {text_of(available)} are available; "
             + (
-                f"give at most num_kv_blocks {most} or kv_cache_gb {most * tokens_bytes / _GIB:.3g}"
+                f"give at most num_kv_blocks {most} or kv_cache_gb {most * tokens_bytes / GIB:.3g}"
                 if most > 0
                 else "use a smaller model or dtype, or a lower max_model_len"
             )
@@ -93,13 +92,31 @@ def num_kv_blocks(
     return (count,) * len(groups)
 
 
+def table_bytes(config: EngineConfig, spec: ModelSpec, max_model_len: int) -> int:
+    """Return what the rotary table and the block tables of all requests take."""
+    blocks_per_request = -(-max_model_len // config.kv.block_size)
+    num_groups = len(spec.cache_groups(1))
+    entries = num_groups * config.scheduler.max_num_seqs * blocks_per_request
+    return _rotary_bytes(spec, max_model_len) + entries * _TABLE_ENTRY_BYTES
+
+
+def kv_room_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Return what the options set aside for keys and values, or else one full step's tokens."""
+    token_bytes = sum(group.bytes_per_token for group in spec.cache_groups(dtype.itemsize))
+    if config.kv.kv_cache_gb is not None:
+        return int(config.kv.kv_cache_gb * GIB)
+    if config.kv.num_kv_blocks is not None:
+        return config.kv.num_kv_blocks * config.kv.block_size * token_bytes
+    return config.scheduler.max_num_batched_tokens * token_bytes
+
+
 def _rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:
     """Return what the rotary table takes while it is made: cos, sin, and as much to make them."""
     return max_model_len * spec.attention.head_dim * torch.float32.itemsize * 2
 
 
-def _text(num_bytes: int) -> str:
-    return f"{num_bytes} bytes ({num_bytes / _GIB:.3g} GiB)"
+def text_of(num_bytes: int) -> str:
+    return f"{num_bytes} bytes ({num_bytes / GIB:.3g} GiB)"
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

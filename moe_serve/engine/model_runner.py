@@ -54,9 +54,10 @@ class ModelRunner:
         return output
 
     def _forward(self, batch: ForwardBatch) -> Tensor:
-        if self._fused is not None:
-            return self._fused(batch)
-        return self.model.forward(batch, self._caches)
+        with self.model.experts.step(batch) as watcher:
+            if self._fused is not None:
+                return self._fused(batch, watcher)
+            return self.model.forward(batch, self._caches)
 
     def _copy_blocks(self, copies: tuple[list[tuple[int, int]], ...]) -> None:
         """Copy blocks within the caches (copy on write); a step's sources are never its targets."""
@@ -127,7 +128,8 @@ def build_batch(
         ]
     ]
     ends = np.cumsum(lengths)
-    sequence_ids = np.repeat(np.arange(len(sequences)), lengths)
+    places = np.repeat(np.arange(len(sequences)), lengths)  # [num_tokens], in `sequences`
+    numbers = np.array([sequence.number for sequence in sequences], dtype=np.int64)
     positions = np.arange(len(token_ids)) + np.repeat(starts - (ends - lengths), lengths)
     contexts = starts + lengths
     rows = np.array([sequence.row for sequence in sequences], dtype=np.int64)
@@ -136,14 +138,15 @@ def build_batch(
     for table in tables:
         part = table[rows, :max_blocks]
         batch_tables.append(torch.from_numpy(part))
-        blocks = part[sequence_ids, positions // block_size].astype(np.int64)
+        blocks = part[places, positions // block_size].astype(np.int64)
         slots.append(torch.from_numpy(blocks * block_size + positions % block_size))
     return ForwardBatch(
         token_ids=torch.tensor(token_ids, dtype=torch.int64),
         positions=torch.from_numpy(positions),
-        sequence_ids=torch.from_numpy(sequence_ids),
+        sequence_ids=torch.from_numpy(numbers[places]),
         query_lens=tuple(lens),
         context_lens=tuple(contexts.tolist()),
+        prompt_lens=tuple(sequence.num_prompt_tokens for sequence in sequences),
         slot_mapping=tuple(slots),
         block_tables=tuple(batch_tables),
         block_size=block_size,

@@ -5,21 +5,23 @@ A request with n outputs is n sequences; until its prompt is computed only the f
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_serve.types import FinishReason, Request, TokenLogprobs
 
 SequenceState = Literal["waiting", "running", "finished"]
+_numbers = itertools.count()
 
 
 class Sequence:
     """One output of a request: its tokens, and how far its cache is.
 
     token_ids: prompt and output in one list. num_computed_tokens: how many of them have their keys
-    and values in the cache. row: its row in the block tables of `KVCacheManager` while it runs,
-    else -1. `seed` is the base of its noise; all of its sampling is a function of the request,
-    the index and the tokens before.
+    and values in the cache. number: no other sequence has it. row: its row in the block tables of
+    `KVCacheManager` while it runs, else -1. `seed` is the base of its noise; all of its sampling is
+    a function of the request, the index and the tokens before.
     """
 
     __slots__ = (
@@ -29,6 +31,7 @@ class Sequence:
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "number",
         "prompt_logprobs",
         "request",
         "row",
@@ -38,6 +41,7 @@ class Sequence:
     )
 
     def __init__(self, request: Request, index: int = 0) -> None:
+        self.number = next(_numbers)
         self.request = request
         self.index = index
         self.seed = request.seed + index

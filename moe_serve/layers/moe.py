@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_serve.comm.base import Dispatcher
-from moe_serve.experts.executor import ResidentExperts
+from moe_serve.experts.executor import Experts
 from moe_serve.kernels.forward.base import MoePart
 from moe_serve.kernels.suite import Kernels
 from moe_serve.layers.mlp import GatedMlp
@@ -25,7 +25,7 @@ class MoeLayer:
         kernels: Kernels,
         router: Router,
         dispatcher: Dispatcher,
-        experts: ResidentExperts,
+        experts: Experts,
         shared: GatedMlp | None = None,
         shared_gate: Tensor | None = None,
     ) -> None:
@@ -37,11 +37,14 @@ class MoeLayer:
         self.shared_gate = shared_gate
         self._shared_weights = kernels.shared_weights
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Return [num_tokens, hidden_size], like `hidden`."""
+    def __call__(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """Return [num_tokens, hidden_size], like `hidden`.
+
+        residual: what entered the norm that gave `hidden`; shown to those who predict, not changed.
+        """
         routing = self.router(hidden)
         inbox, receipt = self.dispatcher.dispatch(self.layer, hidden, routing)
-        outbox = self.experts.run(self.layer, inbox)  # [num_pairs, hidden_size]
+        outbox = self.experts.run(self.layer, inbox, routing, residual)  # [num_pairs, hidden_size]
         if self.shared is None:
             return self.dispatcher.combine(outbox, receipt)
         weights = None

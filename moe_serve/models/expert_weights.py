@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_serve.errors import ConfigError
 from moe_serve.experts.executor import ResidentExperts
+from moe_serve.experts.profile import ProfileKeeper
 from moe_serve.experts.recorder import RoutingRecorder
 from moe_serve.experts.records import ExpertArena
 from moe_serve.kernels.suite import Kernels
@@ -40,6 +41,8 @@ class ExpertWeights:
         slots_before: slots of a cache, in front of each arena's records.
         """
         self._kernels = kernels
+        routers = [layer.moe.router for layer in spec.layers if layer.moe is not None]
+        self._top_k = max((router.top_k for router in routers), default=0)
         layers_of_shape: dict[tuple[int, int], list[int]] = {}
         for index, layer in enumerate(spec.layers):
             if layer.moe is not None:
@@ -71,11 +74,13 @@ class ExpertWeights:
         for arena in self._arenas:
             arena.pack(self._kernels.pack_records_, self._kernels.record_layout)
 
-    def packed(self, recorder: RoutingRecorder | None = None) -> ResidentExperts:
+    def packed(
+        self, recorder: RoutingRecorder | None = None, keeper: ProfileKeeper | None = None
+    ) -> ResidentExperts:
         """Pack, and return experts that are all resident."""
         self.pack()
         tables = {layer: arena.table(layer) for arena in self._arenas for layer in arena.layers}
-        return ResidentExperts(self._kernels.moe, tables, recorder)
+        return ResidentExperts(self._kernels.moe, tables, self._top_k, recorder, keeper)
 
     def only_arena(self) -> ExpertArena:
         """Return the arena of a model whose experts all have one shape.

@@ -6,6 +6,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ class EngineStats(Protocol):
     def model_bytes(self) -> int: ...
     @property
     def kv_bytes(self) -> int: ...
+    @property
+    def experts(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +105,26 @@ class RunMeter:
             kv_bytes=after.kv_bytes,
             peak_rss_bytes=peak_rss_bytes(),
         )
+
+
+def experts_line(report: Mapping[str, Any]) -> str:
+    """Return in one line what an engine's offloaded experts did; see `EngineStats.experts`."""
+    total = report["total"]
+    uses = max(1, total["hits"] + total["misses"])
+    shape = len(report["resident"]) * report["num_experts"]
+    parts = [
+        f"experts: {sum(report['resident'])} of {shape} held",
+        f"{100 * total['misses'] / uses:.1f} % missed",
+        f"{_mib(total['bytes'])} fetched",
+        f"waited {total['stall_s']:.2f} s",
+    ]
+    if total["computed_on_cpu"]:
+        parts.append(f"{total['computed_on_cpu']} run where they lay")
+    if "prefetch" in report:
+        guesses = total["useful"] + total["late"] + total["wasted"]
+        state = "" if report["prefetch"]["is_on"] else " (off: it did not pay)"
+        parts.append(f"prefetch {total['useful']} useful of {guesses}{state}")
+    return " | ".join(parts)
 
 
 def peak_rss_bytes() -> int:

@@ -90,8 +90,12 @@ class Watcher(Protocol):
     """Who sees which experts a step uses, and brings in what is missing.
 
     ids, weights: int64 and float32 [num_layers, num_tokens, top_k], in which the pass notes every
-    router's choice (layers as the model counts them), or None.
+    router's choice (layers as the model counts them), or None. is_forced: it takes what is in them
+    instead: studies replay routing that was recorded.
     """
+
+    @property
+    def is_forced(self) -> bool: ...
 
     @property
     def stops(self) -> Stops: ...

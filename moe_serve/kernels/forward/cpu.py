@@ -87,7 +87,7 @@ class _Progress(ctypes.Structure):
         ("is_routed", ctypes.c_int32),
         ("stops", ctypes.c_int32),
         ("is_last", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("is_forced", ctypes.c_int32),
         ("only", ctypes.c_void_p),
         ("ids", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
@@ -156,6 +156,7 @@ class Forward:
         progress = _Progress()
         if watcher is not None:
             progress.stops = int(watcher.stops)
+            progress.is_forced = watcher.is_forced
             progress.ids = pointer_or_null(watcher.ids, torch.int64)
             progress.weights = pointer_or_null(watcher.weights, torch.float32)
 

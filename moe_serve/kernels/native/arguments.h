@@ -100,7 +100,7 @@ struct Progress {
     int32_t is_routed;      // that layer's tokens are routed: its experts are next
     int32_t stops;          // 0: never; 1: where an expert is missing; 2: after every router
     int32_t is_last;        // of the calls for this layer's experts: combine, and go on
-    int32_t reserved;
+    int32_t is_forced;      // ids and weights are read, not written: routing as once recorded
     const uint8_t* only;    // [num_experts], the experts to run in this call, or null: all
     int64_t* ids;           // [num_layers, num_tokens, top_k], to note each router's choice, or null
     float* weights;         // the same for the weights

@@ -108,11 +108,16 @@ static bool route_layer(
     route(layer.router, work.logits, num_tokens, work.ids, work.weights);
 #pragma omp single
     {
+        const int64_t size = num_tokens * top_k;
+        if (progress.is_forced) {
+            memcpy(work.ids, progress.ids + index * size, size * sizeof(int64_t));
+            memcpy(work.weights, progress.weights + index * size, size * sizeof(float));
+        }
         sort_pairs(work.ids, num_tokens, top_k, layer.experts.num_experts, work.counts,
                    work.row_of_pair, work.pair_of_choice);
-        const int64_t size = num_tokens * top_k;
-        if (progress.ids) memcpy(progress.ids + index * size, work.ids, size * sizeof(int64_t));
-        if (progress.weights)
+        if (progress.ids && !progress.is_forced)
+            memcpy(progress.ids + index * size, work.ids, size * sizeof(int64_t));
+        if (progress.weights && !progress.is_forced)
             memcpy(progress.weights + index * size, work.weights, size * sizeof(float));
         *work.must_stop = progress.stops == 2
             || (progress.stops == 1 && is_any_missing(layer.experts, work.counts));

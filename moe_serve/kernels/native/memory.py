@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import os
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,3 +41,79 @@ def allocate(num_bytes: int) -> Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     first = -whole.data_ptr() % _HUGE_PAGE if is_huge else 0
     return whole[first : first + num_bytes]
+
+
+class GrowingMemory:
+    """Memory whose size changes while what is in it stays where it is.
+
+    Addresses are reserved once, for the most it can become; only the part in use counts as memory,
+    also against limits of a process. Where the system cannot do that, all of it is allocated.
+    """
+
+    def __init__(self, most_bytes: int, num_bytes: int) -> None:
+        """Reserve `most_bytes`, and make the first `num_bytes` usable. Raises CapacityError."""
+        self._most_bytes = most_bytes
+        self._size = 0
+        self._protect = _mprotect()
+        if self._protect is None:
+            self.tensor = allocate(most_bytes)
+            return
+        try:
+            # no access: reserved, but not counted
+            self._memory = mmap.mmap(
+                -1, most_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0
+            )
+        except (OSError, ValueError, OverflowError) as error:
+            raise CapacityError(
+                f"no addresses for {most_bytes} bytes of weights ({error}); use a smaller model"
+            ) from error
+        address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._first = -address % _HUGE_PAGE
+        # not of the map itself, which passes for read-only
+        view = (ctypes.c_uint8 * max(1, most_bytes)).from_address(address + self._first)
+        setattr(view, "owner", self._memory)  # noqa: B010 - so that it lives as long as a tensor
+        self.tensor = torch.frombuffer(view, dtype=torch.uint8)[:most_bytes]
+        self.resize(num_bytes)
+
+    def resize(self, num_bytes: int) -> None:
+        """Make the first `num_bytes` usable, and give what lies behind them back to the system.
+
+        Raises CapacityError where there is no memory; then the size is as it was.
+        """
+        assert 0 <= num_bytes <= self._most_bytes, (num_bytes, self._most_bytes)
+        size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if self._protect is None:
+            return
+        start = self.tensor.data_ptr()
+        if size > self._size:
+            error = self._protect(
+                start + self._size, size - self._size, mmap.PROT_READ | mmap.PROT_WRITE
+            )
+            if error:
+                raise CapacityError(
+                    f"no memory for {num_bytes} bytes of experts ({os.strerror(error)}); "
+                    "lower expert_cache_slots or expert_cache_gb"
+                )
+            if size >= _LEAST_HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a system without them
+                    self._memory.madvise(mmap.MADV_HUGEPAGE, self._first, size)
+        elif size < self._size:
+            self._memory.madvise(mmap.MADV_DONTNEED, self._first + size, self._size - size)
+            self._protect(start + size, self._size - size, 0)
+        self._size = size
+
+
+def _mprotect() -> Callable[[int, int, int], int] | None:
+    """Return the system's mprotect, which returns an errno or 0; None where there is none."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    try:
+        function = ctypes.CDLL(None, use_errno=True).mprotect
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    def protect(address: int, num_bytes: int, access: int) -> int:
+        return ctypes.get_errno() if function(address, num_bytes, access) else 0
+
+    return protect

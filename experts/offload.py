@@ -1,0 +1,380 @@
+"""Runs experts of which some are elsewhere: brings in what a step misses, or runs it where it lies.
+
+The same object serves a fused forward pass, which stops and asks, and one that goes layer by layer.
+Nothing here changes which experts a token uses, or a bit of what they give.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_serve.comm.base import Inbox
+from moe_serve.errors import CapacityError, MoeServeError, StoreError
+from moe_serve.experts.cache import Event, ExpertCache, check_capacity
+from moe_serve.experts.executor import Replay
+from moe_serve.experts.policies.base import CacheShape
+from moe_serve.experts.prefetch import Prefetcher
+from moe_serve.experts.profile import ProfileKeeper
+from moe_serve.experts.recorder import RoutingRecorder, StepNotes
+from moe_serve.experts.split import MissPlanner
+from moe_serve.experts.transfer import Transfer, TransferQueue
+from moe_serve.kernels.forward.base import Stopped, Stops
+from moe_serve.kernels.moe.base import ExpertTable
+from moe_serve.kernels.native.memory import GrowingMemory
+from moe_serve.types import ForwardBatch, Routing
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(slots=True)
+class OffloadStats:
+    """Since the start. stall_s: seconds in which steps waited for experts, by MoE layer.
+
+    num_streamed: events whose union was larger than the slots; union_over_capacity: the sum over
+    events of their union over their layer's slots.
+    """
+
+    stall_s: list[float] = field(default_factory=list)
+    num_events: int = 0
+    num_streamed: int = 0
+    union_over_capacity: float = 0.0
+
+
+class SlotMemory(Protocol):
+    """The arena that holds the slots. records: uint8 [at least most_slots, record_bytes]."""
+
+    @property
+    def records(self) -> Tensor: ...
+    @property
+    def most_slots(self) -> int: ...
+
+    def resize(self, num_slots: int) -> None:
+        """Make the first `num_slots` usable and give back the rest. Raises CapacityError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedSlots:
+    """Slots in front of records that stay: what they do not use is not given back."""
+
+    records: Tensor
+    most_slots: int
+
+    def resize(self, num_slots: int) -> None:
+        """Nothing changes."""
+
+
+class GrowingSlots:
+    """Slots in memory that is taken and given back as their number changes."""
+
+    def __init__(self, num_slots: int, most_slots: int, record_bytes: int) -> None:
+        """Raises CapacityError where there is no memory for `num_slots`."""
+        self.most_slots = most_slots
+        self._record_bytes = record_bytes
+        self._memory = GrowingMemory(most_slots * record_bytes, num_slots * record_bytes)
+        self.records = self._memory.tensor.view(most_slots, record_bytes)
+
+    def resize(self, num_slots: int) -> None:
+        """See `SlotMemory`."""
+        self._memory.resize(num_slots * self._record_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class HostTier:
+    """Records in memory where the kernels can run them, behind the cache's slots in the arena.
+
+    first_slot: where they begin; expert e of MoE layer l is slot first_slot + l * num_experts + e.
+    """
+
+    first_slot: int
+    num_experts: int
+    planner: MissPlanner
+
+    def slot(self, layer: int, expert: int) -> int:
+        return self.first_slot + layer * self.num_experts + expert
+
+
+class OffloadedExperts:
+    """Experts of all MoE layers, in the slots of a cache; what is missing comes by a queue.
+
+    layers: a table for each layer that has experts, by the model's number, whose slot_of_expert is
+    the cache's: a kernel sees what is resident as soon as it has arrived.
+    """
+
+    def __init__(
+        self,
+        moe: Callable[..., Tensor],
+        layers: dict[int, ExpertTable],
+        cache: ExpertCache,
+        queue: TransferQueue,
+        memory: SlotMemory,
+        host: HostTier | None = None,
+        prefetcher: Prefetcher | None = None,
+        recorder: RoutingRecorder | None = None,
+        keeper: ProfileKeeper | None = None,
+    ) -> None:
+        self._moe = moe
+        self.layers = layers
+        self.cache = cache
+        self.queue = queue
+        self.prefetcher = prefetcher
+        self.recorder = recorder
+        self._keeper = keeper
+        self.replay: Replay | None = None
+        self._memory = memory
+        self._host = host
+        self._model_layers = sorted(layers)
+        self._index = {layer: index for index, layer in enumerate(self._model_layers)}
+        self.stats = OffloadStats([0.0] * len(layers))
+        self._step = 0
+        self._notes: StepNotes | None = None
+        self._next_layer = 0  # of this step: the first one whose event the cache was not told
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self, batch: ForwardBatch) -> Iterator[OffloadedExperts]:
+        """Enclose a forward pass; at its end the cache was told the event of every layer."""
+        num_layers = self._model_layers[-1] + 1
+        self._notes = StepNotes(num_layers, batch.num_tokens, self.cache.top_k)
+        if self.replay is not None:
+            self.replay(batch, self._notes)
+        self._next_layer = 0
+        try:
+            self._collect(self.queue.ended())
+            if self.prefetcher is not None:
+                self.prefetcher.start_step(self._step, batch)
+            yield self
+            self._tell_hits(len(self._model_layers))
+            if self.recorder is not None:
+                self.recorder.add(self._step, batch, self._notes)
+        finally:
+            self.cache.abandon()
+            self._step += 1
+            self._notes = None
+
+    @property
+    def stops(self) -> Stops:
+        """Where a fused pass asks: at every layer if there are guesses to make."""
+        is_guessing = self.prefetcher is not None and self.prefetcher.is_on
+        return Stops.ALWAYS if is_guessing and not self.cache.is_full else Stops.MISSING
+
+    @property
+    def is_forced(self) -> bool:
+        return self.replay is not None
+
+    @property
+    def ids(self) -> Tensor | None:
+        return None if self._notes is None else self._notes.ids
+
+    @property
+    def weights(self) -> Tensor | None:
+        return None if self._notes is None else self._notes.weights
+
+    def serve(self, stopped: Stopped) -> Iterator[tuple[Tensor | None, bool]]:
+        """See `kernels.forward.base.Watcher`. Raises StoreError for what cannot be brought in."""
+        layer = self._index[stopped.layer]
+        self._tell_hits(layer)
+        self._next_layer = layer + 1
+        self._collect(self.queue.ended())
+        if self.prefetcher is not None:
+            self.prefetcher.observe(layer, stopped)
+        experts = np.flatnonzero(stopped.counts)
+        event = self._begin(layer, experts, stopped.counts[experts])
+        if event.misses or event.arriving:
+            counts = dict(zip(event.expert_ids, stopped.counts[experts].tolist(), strict=True))
+            yield from self._bring_in(event, counts)
+        else:
+            if self.prefetcher is not None:
+                self.prefetcher.plan(layer)
+            self.cache.end(event)
+            yield None, True
+
+    def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
+        """See `executor.Experts`. Raises StoreError for what cannot be brought in."""
+        assert self._notes is not None, "outside of a step"
+        self._notes.note(layer, routing)
+        table = self.layers[layer]
+        stopped = Stopped(
+            layer=layer,  # by the model's number
+            expert_ids=routing.expert_ids.numpy(),
+            weights=routing.weights.numpy(),
+            counts=inbox.counts.numpy(),
+            residual=residual,
+        )
+        out = inbox.rows.new_empty(inbox.row_of_pair.shape[0], table.hidden_size)
+        for only, _ in self.serve(stopped):
+            self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, table, only, out)
+        return out
+
+    def resize(self, shape: CacheShape) -> None:
+        """Take another number of slots, between steps; what is least worth keeping leaves.
+
+        Raises CapacityError for less than top_k slots a layer, more than there are experts, or more
+        memory than there is; then nothing has changed.
+        """
+        check_capacity(shape, self.cache.top_k)
+        if shape.total_slots > self._memory.most_slots:
+            raise CapacityError(
+                f"{shape.total_slots} expert slots, but there is room for "
+                f"{self._memory.most_slots}; give at most that"
+            )
+        if self.prefetcher is not None:
+            for layer in range(shape.num_layers):
+                self.prefetcher.give_up(layer)
+        while self.cache.num_loading:
+            self._collect(self.queue.ended(wait=True))
+        old = self.cache.shape.total_slots
+        if shape.total_slots > old:
+            self._memory.resize(shape.total_slots)
+        for origin, target in self.cache.resize(shape):
+            self._memory.records[target] = self._memory.records[origin]
+        if shape.total_slots < old:
+            self._memory.resize(shape.total_slots)
+
+    def preload(self, experts: Iterable[tuple[int, int]]) -> None:
+        """Start to bring (layer, expert) in, in this order, while there are free slots."""
+        for layer, expert, slot in self.cache.preload(experts):
+            self.queue.demand(layer, expert, slot)
+
+    def report(self) -> dict[str, Any]:
+        """Return counters per layer and in total, and the times of waiting, since the start."""
+        shape, stats, counters = self.cache.shape, self.stats, self.cache.counters
+        report: dict[str, Any] = {
+            "slots": shape.total_slots,
+            "slots_per_layer": shape.slots_per_layer,
+            "num_experts": shape.num_experts,
+            "resident": self.cache.num_resident(),
+            "per_layer": {**counters.per_layer(), "stall_s": list(stats.stall_s)},
+            "total": {**counters.total(), "stall_s": sum(stats.stall_s)},
+            "events": stats.num_events,
+            "streamed_events": stats.num_streamed,
+            "union_over_capacity": stats.union_over_capacity / max(1, stats.num_events),
+        }
+        if self.prefetcher is not None:
+            report["prefetch"] = self.prefetcher.report()
+        return report
+
+    def close(self) -> None:
+        """Stop the transfers, and write the trace and the profile, if they were asked for."""
+        self.queue.close()
+        if self.recorder is not None:
+            self.recorder.close()
+        if self._keeper is not None:
+            self._keeper.write(self.layers, self.cache.policy.state())
+
+    # -- an event ----------------------------------------------------------------------------------
+
+    def _begin(self, layer: int, experts: Array, counts: Array) -> Event:
+        event = self.cache.begin(self._step, layer, experts.tolist(), counts.tolist())
+        stats, shape = self.stats, self.cache.shape
+        stats.num_events += 1
+        stats.num_streamed += event.is_streamed
+        capacity = shape.slots_per_layer or shape.total_slots / shape.num_layers
+        stats.union_over_capacity += len(event.expert_ids) / capacity
+        return event
+
+    def _tell_hits(self, until: int) -> None:
+        """Tell the cache the events of the layers before that a fused pass did not stop at."""
+        assert self._notes is not None
+        for layer in range(self._next_layer, until):
+            ids = self._notes.ids[self._model_layers[layer]].numpy()
+            experts, counts = np.unique(ids, return_counts=True)
+            self.cache.end(self._begin(layer, experts, counts))
+        self._next_layer = until
+
+    def _bring_in(
+        self, event: Event, counts: Mapping[int, int]
+    ) -> Iterator[tuple[Tensor | None, bool]]:
+        layer = event.layer
+        for expert in event.arriving:
+            self.queue.hurry(layer, expert)
+        if self.prefetcher is not None:
+            self.prefetcher.give_up(layer)
+        left = len(event.expert_ids)
+        in_place = self._run_in_place(event, counts)
+        try:
+            for number, wave in enumerate(self.cache.waves(event)):
+                for expert, slot in wave.loads:
+                    self.queue.demand(layer, expert, slot)
+                if self.prefetcher is not None and number == 0:
+                    self.prefetcher.plan(layer)
+                run = wave.run + in_place if number == 0 else wave.run
+                if not run and not wave.loads:
+                    self._wait(event)
+                for ready in self._as_they_arrive(event, run):
+                    left -= len(ready)
+                    if not left:
+                        self.cache.end(event)  # the pass goes on from here to other layers
+                    yield self._only(ready), not left
+        finally:
+            for expert in in_place:
+                self.cache.slot_of_expert[layer, expert] = -1
+
+    def _as_they_arrive(self, event: Event, run: Sequence[int]) -> Iterator[list[int]]:
+        """Yield what of `run` is there, until all was."""
+        slots = self.cache.slot_of_expert[event.layer]
+        waiting = set(run)
+        while waiting:
+            ready = sorted(expert for expert in waiting if slots[expert] >= 0)
+            if ready:
+                waiting.difference_update(ready)
+                yield ready
+            else:
+                self._wait(event)
+
+    def _wait(self, event: Event) -> None:
+        start_s = time.perf_counter()
+        ended = self.queue.ended(wait=True)
+        self.stats.stall_s[event.layer] += time.perf_counter() - start_s
+        assert ended, f"MoE layer {event.layer} waits for experts that nobody brings"
+        self._collect(ended, event)
+
+    def _collect(self, ended: Sequence[Transfer], event: Event | None = None) -> None:
+        """Make resident what has arrived. Raises StoreError where one of the event's has not."""
+        needed = () if event is None else event.expert_ids
+        error: Exception | None = None
+        for transfer in ended:
+            if transfer.has_arrived:
+                self.cache.loaded(transfer.layer, transfer.expert)
+                continue
+            self.cache.failed(transfer.layer, transfer.expert)
+            if transfer.error is not None:
+                logger.warning(
+                    "expert %d of MoE layer %d: %s", transfer.expert, transfer.layer, transfer.error
+                )
+            if event is not None and transfer.layer == event.layer and transfer.expert in needed:
+                error = transfer.error
+        if isinstance(error, MoeServeError):
+            raise error
+        if error is not None:
+            raise StoreError(f"an expert could not be brought in: {error}") from error
+
+    def _run_in_place(self, event: Event, counts: Mapping[int, int]) -> list[int]:
+        """Choose misses that run in host memory, and let the kernels find them there."""
+        if self._host is None or not event.misses:
+            return []
+        chosen = self._host.planner.in_place(
+            {expert: counts[expert] for expert in event.misses},
+            [counts[expert] for expert in event.hits],
+        )
+        self.cache.computed(event, chosen)
+        for expert in chosen:
+            self.cache.slot_of_expert[event.layer, expert] = self._host.slot(event.layer, expert)
+        return chosen
+
+    def _only(self, experts: Sequence[int]) -> Tensor:
+        only = np.zeros(self.cache.shape.num_experts, np.uint8)
+        only[list(experts)] = 1
+        return torch.from_numpy(only)

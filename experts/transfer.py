@@ -1,0 +1,245 @@
+"""Threads that bring records into slots: what is needed now first, guesses after it, in chunks.
+
+Knows where records come from and where they go, not why. A guess gives way between two chunks as
+soon as something is needed; every transfer that was begun ends as arrived, failed or given up.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from moe_serve.errors import MoeServeError
+from moe_serve.experts.store import ExpertStore
+
+CHUNK_BYTES = 2**19
+
+
+class Source(Protocol):
+    """Where records are read from, by MoE layer and expert. Called by several threads at once."""
+
+    def record_bytes(self, layer: int) -> int:
+        """Return the size of a record of `layer`."""
+        ...
+
+    def read_chunk(self, layer: int, expert: int, into: Tensor, begin: int, end: int) -> None:
+        """Fill bytes `begin` to `end`, multiples of 4,096, of a record, uint8 [record_bytes]."""
+        ...
+
+    def verify(self, layer: int, expert: int, record: Tensor) -> None:
+        """Raise StoreError unless `record` is whole and that of this expert."""
+        ...
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One record on its way. at: bytes that have arrived."""
+
+    layer: int
+    expert: int
+    slot: int
+    is_urgent: bool
+    is_given_up: bool = False
+    at: int = 0
+    error: Exception | None = None
+
+    @property
+    def has_arrived(self) -> bool:
+        return self.error is None and not self.is_given_up
+
+
+class TransferQueue:
+    """Transfers under way, at most one for an expert.
+
+    The owner starts and collects them; all methods are for one thread, its own.
+    """
+
+    def __init__(
+        self, source: Source, records: Tensor, num_threads: int, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        """records: uint8 [num_slots, record_bytes]; chunk_bytes: a multiple of 4,096."""
+        self._source = source
+        self.records = records
+        self._chunk_bytes = chunk_bytes
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._change = threading.Condition(self._lock)
+        self._urgent: deque[Transfer] = deque()
+        self._guesses: deque[Transfer] = deque()
+        self._running: set[int] = set()  # slots
+        self._ended: list[Transfer] = []
+        self._of_expert: dict[tuple[int, int], Transfer] = {}
+        self._is_closing = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"expert-transfer-{index}", daemon=True)
+            for index in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def demand(self, layer: int, expert: int, slot: int) -> None:
+        """Start to bring in what is needed now."""
+        self._add(Transfer(layer, expert, slot, is_urgent=True), self._urgent)
+
+    def guess(self, layer: int, expert: int, slot: int) -> None:
+        """Start to bring in what may be needed, once nothing else is to be done."""
+        self._add(Transfer(layer, expert, slot, is_urgent=False), self._guesses)
+
+    def hurry(self, layer: int, expert: int) -> None:
+        """Say that a guess is needed now."""
+        with self._lock:
+            transfer = self._of_expert.get((layer, expert))
+            if transfer is None:
+                return  # it has ended just now
+            transfer.is_urgent = True
+            if transfer in self._guesses:
+                self._guesses.remove(transfer)
+                self._urgent.append(transfer)
+                self._work.notify()
+
+    def give_up(self, layer: int, expert: int) -> None:
+        """Stop a guess that is of no use any more; it ends soon, as given up."""
+        with self._lock:
+            transfer = self._of_expert.get((layer, expert))
+            if transfer is None or transfer.is_urgent:
+                return
+            transfer.is_given_up = True
+            if transfer in self._guesses:
+                self._guesses.remove(transfer)
+                self._end(transfer)
+
+    def ended(self, wait: bool = False) -> list[Transfer]:
+        """Return the transfers that have ended since the last call.
+
+        wait: until there is one, where any is under way. Raises what stopped a thread.
+        """
+        with self._lock:
+            while wait and not self._ended and self._of_expert:
+                self._change.wait()
+            ended, self._ended = self._ended, []
+        return ended
+
+    def is_under_way(self, layer: int, expert: int) -> bool:
+        """Return whether a transfer of this expert has not been collected by `ended` as yet."""
+        return (layer, expert) in self._of_expert
+
+    @property
+    def num_guesses(self) -> int:
+        """Return how many transfers wait or run on a guess."""
+        with self._lock:
+            return sum(not transfer.is_urgent for transfer in self._of_expert.values())
+
+    def close(self) -> None:
+        """Give up what waits, and wait for the threads."""
+        with self._lock:
+            self._is_closing = True
+            self._urgent.clear()
+            self._guesses.clear()
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _add(self, transfer: Transfer, queue: deque[Transfer]) -> None:
+        key = (transfer.layer, transfer.expert)
+        with self._lock:
+            assert key not in self._of_expert, key
+            assert not self._is_closing
+            self._of_expert[key] = transfer
+            queue.append(transfer)
+            self._work.notify()
+
+    def _end(self, transfer: Transfer) -> None:
+        """Hand a transfer back; the lock is held."""
+        del self._of_expert[transfer.layer, transfer.expert]
+        self._ended.append(transfer)
+        self._change.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._urgent or self._guesses or self._is_closing):
+                    self._work.wait()
+                if self._is_closing:
+                    return
+                transfer = (self._urgent or self._guesses).popleft()
+            is_done = self._move(transfer)
+            with self._lock:
+                if is_done or self._is_closing or transfer.is_given_up:
+                    self._end(transfer)
+                elif transfer.is_urgent:  # hurried just now
+                    self._urgent.appendleft(transfer)
+                else:
+                    self._guesses.appendleft(transfer)
+
+    def _move(self, transfer: Transfer) -> bool:
+        """Read on; return whether it has ended, and not only given way."""
+        layer, expert = transfer.layer, transfer.expert
+        size = self._source.record_bytes(layer)
+        record = self.records[transfer.slot, :size]
+        try:
+            while transfer.at < size:
+                if transfer.is_given_up or self._is_closing:
+                    return True
+                if not transfer.is_urgent and self._urgent:
+                    return False
+                end = size if transfer.is_urgent else min(size, transfer.at + self._chunk_bytes)
+                self._source.read_chunk(layer, expert, record, transfer.at, end)
+                transfer.at = end
+            self._source.verify(layer, expert, record)
+        except (OSError, MoeServeError, RuntimeError, MemoryError) as error:
+            transfer.error = error
+        return True
+
+
+class StoreSource:
+    """A store's records, by the number among the MoE layers. model_layers: the model's numbers."""
+
+    def __init__(self, store: ExpertStore, model_layers: Sequence[int]) -> None:
+        self.store = store
+        self._model_layers = tuple(model_layers)
+
+    def record_bytes(self, layer: int) -> int:
+        return self.store.record_bytes(self._model_layers[layer])
+
+    def read_chunk(self, layer: int, expert: int, into: Tensor, begin: int, end: int) -> None:
+        self.store.read_chunk(self._model_layers[layer], expert, into, begin, end)
+
+    def verify(self, layer: int, expert: int, record: Tensor) -> None:
+        self.store.verify(self._model_layers[layer], expert, record)
+
+
+class EmulatedLink:
+    """A source in host memory behind a link of so many bytes a second, in place of PCIe.
+
+    host: uint8 [num_layers * num_experts, record_bytes], layer by layer. What is read takes at
+    least as long as the link would, and the copy itself counts.
+    """
+
+    def __init__(self, host: Tensor, num_experts: int, bytes_per_s: float) -> None:
+        self._host = host
+        self._num_experts = num_experts
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at_s = 0.0  # when the link has carried all that was asked so far
+
+    def record_bytes(self, layer: int) -> int:
+        return int(self._host.shape[1])
+
+    def read_chunk(self, layer: int, expert: int, into: Tensor, begin: int, end: int) -> None:
+        with self._lock:
+            start_s = max(time.perf_counter(), self._free_at_s)
+            self._free_at_s = start_s + (end - begin) / self._bytes_per_s
+            due_s = self._free_at_s
+        into[begin:end].copy_(self._host[layer * self._num_experts + expert, begin:end])
+        left_s = due_s - time.perf_counter()
+        if left_s > 0:
+            time.sleep(left_s)
+
+    def verify(self, layer: int, expert: int, record: Tensor) -> None:
+        """Memory that was verified when it was filled is trusted."""

@@ -1,0 +1,345 @@
+"""Make a model's experts as they were planned: all in memory, or a cache before a store or a host.
+
+Everything that offloading consists of is put together here, and measured where its choices depend
+on the machine: how long a load takes, and an expert in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_serve import plugin
+from moe_serve.config import EngineConfig
+from moe_serve.engine.residency import Residency
+from moe_serve.errors import ConfigError
+from moe_serve.experts.cache import ExpertCache
+from moe_serve.experts.executor import Experts
+from moe_serve.experts.offload import (
+    FixedSlots,
+    GrowingSlots,
+    HostTier,
+    OffloadedExperts,
+    SlotMemory,
+)
+from moe_serve.experts.prefetch import LinkTimes, Prefetcher
+from moe_serve.experts.profile import ProfileKeeper, read_profile
+from moe_serve.experts.recorder import RoutingRecorder
+from moe_serve.experts.split import MissCosts, MissPlanner
+from moe_serve.experts.store_layout import store_path
+from moe_serve.experts.transfer import (
+    CHUNK_BYTES,
+    EmulatedLink,
+    Source,
+    StoreSource,
+    TransferQueue,
+)
+from moe_serve.kernels.moe.base import ExpertTable
+from moe_serve.kernels.suite import Kernels
+from moe_serve.models.checkpoint import WeightReader, load_weights
+from moe_serve.models.checkpoint_folder import model_hash
+from moe_serve.models.dummy import dummy_hash, dummy_weights, fill_dummy_rows
+from moe_serve.models.expert_packing import FillExperts, open_or_pack, store_layout
+from moe_serve.models.expert_weights import ExpertWeights, moe_layers, names_without_experts
+from moe_serve.models.spec import ModelSpec
+from moe_serve.predictors.base import PredictorShape
+from moe_serve.predictors.calibration import Calibration
+
+logger = logging.getLogger(__name__)
+
+_DISK_THREADS = 4
+_NUM_SAMPLES = 5
+
+Progress = Callable[[int, int], None] | None
+
+
+class ExpertParts:
+    """Loads a model's weights and makes its experts, in the order that memory wants."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        residency: Residency,
+        folder: Path,
+        numerics_id: str,
+        on_progress: Progress = None,
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._dtype = dtype
+        self._kernels = kernels
+        self._residency = residency
+        self._folder = folder
+        self._numerics_id = numerics_id
+        self._on_progress = on_progress
+        self._layers = moe_layers(spec)
+        self._is_dummy = config.weights.load_format == "dummy"
+
+    def load(self) -> tuple[dict[str, Tensor], Experts]:
+        """Return all other weights by name, and the experts.
+
+        Raises CheckpointError for weights that cannot be used, StoreError where experts cannot be
+        packed to disk, CapacityError, ConfigError.
+        """
+        shape = self._residency.shape
+        if shape is None:
+            return self._resident()
+        keeper = self._keeper()
+        name = self._config.experts.eviction
+        state = None
+        if keeper is not None and keeper.before.policy == name:
+            state = keeper.before.policy_state
+        cache = ExpertCache(
+            shape,
+            plugin.load("moe_serve.experts.policies", name).build(shape, state),
+            self._residency.top_k,
+            0 if self._config.experts.expert_cache_scope == "global" else None,
+            self._residency.slot_bytes,
+        )
+        link = self._config.experts.emulate_link
+        if link is not None:
+            others, experts = self._behind_link(cache, link, keeper)
+        else:
+            others, experts = self._on_disk(cache, keeper)
+        if keeper is not None:
+            experts.preload(keeper.before.hottest())
+        return others, experts
+
+    # -- the three ways ----------------------------------------------------------------------------
+
+    def _resident(self) -> tuple[dict[str, Tensor], Experts]:
+        weights = ExpertWeights(self._spec, self._dtype, self._kernels)
+        others = self._fill_all(weights.plain())
+        return others, weights.packed(self._recorder(), self._keeper())
+
+    def _behind_link(
+        self, cache: ExpertCache, gb_per_s: float, keeper: ProfileKeeper | None
+    ) -> tuple[dict[str, Tensor], OffloadedExperts]:
+        """Put all records in host memory, and slots before them in the same arena."""
+        num_slots = cache.shape.total_slots
+        weights = ExpertWeights(self._spec, self._dtype, self._kernels, num_slots)
+        others = self._fill_all(weights.plain())
+        weights.pack()
+        arena = weights.only_arena()
+        source = EmulatedLink(arena.records, arena.num_experts, gb_per_s * 1e9)
+        queue = TransferQueue(source, arena.slots, num_threads=1)
+        tables = self._tables(cache, arena.slots)
+        host = HostTier(
+            num_slots,
+            arena.num_experts,
+            MissPlanner(
+                self._config.experts.miss,
+                self._miss_costs(tables[self._layers[0]], num_slots, source, arena.slots[0]),
+            ),
+        )
+        memory = FixedSlots(arena.slots, num_slots)
+        return others, self._offloaded(tables, cache, queue, source, memory, host, keeper)
+
+    def _on_disk(
+        self, cache: ExpertCache, keeper: ProfileKeeper | None
+    ) -> tuple[dict[str, Tensor], OffloadedExperts]:
+        """Read records from a store, packed now if there is none as yet."""
+        if self._config.experts.miss == "split":
+            logger.warning(
+                "miss='split' has no effect: the experts that are missing are on disk, where "
+                "nothing can run them"
+            )
+        layout = store_layout(
+            self._spec, self._dtype, self._kernels, self._model_hash(), self._numerics_id
+        )
+        path = store_path(self._store_folder(), self._folder.resolve().name, layout)
+        store = open_or_pack(
+            path, layout, self._spec, self._kernels, self._fill_experts(), self._on_progress
+        )
+        others = self._fill_others()
+        shape = cache.shape
+        memory = GrowingSlots(
+            shape.total_slots, shape.num_layers * shape.num_experts, self._residency.slot_bytes
+        )
+        source = StoreSource(store, self._layers)
+        queue = TransferQueue(source, memory.records, _DISK_THREADS)
+        tables = self._tables(cache, memory.records)
+        return others, self._offloaded(tables, cache, queue, source, memory, None, keeper)
+
+    # -- parts -------------------------------------------------------------------------------------
+
+    def _offloaded(
+        self,
+        tables: dict[int, ExpertTable],
+        cache: ExpertCache,
+        queue: TransferQueue,
+        source: Source,
+        memory: SlotMemory,
+        host: HostTier | None,
+        keeper: ProfileKeeper | None,
+    ) -> OffloadedExperts:
+        prefetcher = None
+        if self._config.experts.prefetch != "off":
+            prefetcher = self._prefetcher(cache, queue, source, memory.records[0])
+        recorder = self._recorder()
+        return OffloadedExperts(
+            self._kernels.moe, tables, cache, queue, memory, host, prefetcher, recorder, keeper
+        )
+
+    def _prefetcher(
+        self, cache: ExpertCache, queue: TransferQueue, source: Source, scratch: Tensor
+    ) -> Prefetcher:
+        options = self._config.experts
+        predictor = plugin.load("moe_serve.predictors", options.predictor).build(
+            PredictorShape(
+                num_layers=cache.shape.num_layers,
+                num_experts=cache.shape.num_experts,
+                top_k=cache.top_k,
+            ),
+            None,
+        )
+        load_s = _median_s(lambda index: self._load(source, scratch, index, None))
+        chunk_s = _median_s(lambda index: self._load(source, scratch, index, CHUNK_BYTES))
+        kind = "on" if options.prefetch == "on" else "auto"
+        link = LinkTimes(load_s=load_s, chunk_s=min(chunk_s, load_s))
+        return Prefetcher(predictor, cache, queue, Calibration(), link, kind)
+
+    def _load(self, source: Source, scratch: Tensor, index: int, num_bytes: int | None) -> None:
+        """Read an expert, or its first bytes, into a slot that nobody uses yet."""
+        expert = index % self._num_experts(0)
+        record = scratch[: source.record_bytes(0)]
+        end = min(num_bytes or record.shape[0], record.shape[0])
+        source.read_chunk(0, expert, record, 0, end)
+        if num_bytes is None:
+            source.verify(0, expert, record)
+
+    def _miss_costs(
+        self, table: ExpertTable, first_slot: int, source: Source, scratch: Tensor
+    ) -> MissCosts:
+        """Measure a copy, and an expert on one row and on several, with the real kernels."""
+        table = ExpertTable(
+            table.records,
+            torch.arange(first_slot, first_slot + table.num_experts, dtype=torch.int32),
+            torch.zeros(table.num_experts, dtype=torch.int64),
+            table.hidden_size,
+            table.intermediate_size,
+            table.dtype,
+        )
+        many = 16
+
+        def run(expert: int, num_rows: int) -> None:
+            counts = torch.zeros(table.num_experts, dtype=torch.int64)
+            counts[expert % table.num_experts] = num_rows
+            rows = torch.zeros(num_rows, table.hidden_size, dtype=table.dtype)
+            self._kernels.moe(rows, torch.arange(num_rows), counts, table)
+
+        one_s = _median_s(lambda expert: run(expert, 1))
+        many_s = _median_s(lambda expert: run(expert, many))
+        row_s = max(0.0, (many_s - one_s) / (many - 1))
+        return MissCosts(
+            copy_s=_median_s(lambda index: self._load(source, scratch, index, None)),
+            host_s=one_s - row_s,
+            host_row_s=row_s,
+            device_s=one_s - row_s,
+            device_row_s=row_s,
+            is_one_processor=True,
+        )
+
+    def _tables(self, cache: ExpertCache, records: Tensor) -> dict[int, ExpertTable]:
+        slots = torch.from_numpy(cache.slot_of_expert)  # the same memory
+        tables = {}
+        for index, layer in enumerate(self._layers):
+            moe = self._spec.layers[layer].moe
+            assert moe is not None
+            tables[layer] = ExpertTable(
+                records,
+                slots[index, : moe.router.num_experts],
+                torch.zeros(moe.router.num_experts, dtype=torch.int64),
+                self._spec.hidden_size,
+                moe.intermediate_size,
+                self._dtype,
+            )
+        return tables
+
+    def _recorder(self) -> RoutingRecorder | None:
+        path = self._config.experts.record_trace
+        if path is None or not self._layers:
+            return None
+        num_experts = max(self._num_experts(index) for index in range(len(self._layers)))
+        return RoutingRecorder(
+            Path(path),
+            list(self._layers),
+            num_experts,
+            self._residency.top_k,
+            self._model_hash()[:16],
+        )
+
+    def _keeper(self) -> ProfileKeeper | None:
+        """Read the usage profile, if there is to be one. Raises TraceError for another model's."""
+        path = self._config.experts.usage_profile
+        if path is None or not self._layers:
+            return None
+        num_experts = max(self._num_experts(index) for index in range(len(self._layers)))
+        before = read_profile(Path(path), self._model_hash()[:16], len(self._layers), num_experts)
+        return ProfileKeeper(Path(path), before, self._config.experts.eviction)
+
+    def _num_experts(self, index: int) -> int:
+        moe = self._spec.layers[self._layers[index]].moe
+        assert moe is not None
+        return moe.router.num_experts
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    def _fill_all(self, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Load everything, the experts into `into`; return what is no expert's."""
+        if self._is_dummy:
+            weights = dummy_weights(self._spec, self._dtype, into=into)
+        else:
+            weights = load_weights(
+                self._folder, self._spec, self._dtype, on_progress=self._on_progress, into=into
+            )
+        return {name: tensor for name, tensor in weights.items() if name not in into}
+
+    def _fill_others(self) -> dict[str, Tensor]:
+        names = names_without_experts(self._spec)
+        if self._is_dummy:
+            return dummy_weights(self._spec, self._dtype, names=names)
+        return load_weights(self._folder, self._spec, self._dtype, names=names)
+
+    def _fill_experts(self) -> FillExperts:
+        if self._is_dummy:
+            return lambda into, experts: fill_dummy_rows(self._spec, into, experts)
+        return WeightReader.open(self._folder, self._spec).read
+
+    def _model_hash(self) -> str:
+        return dummy_hash(self._folder) if self._is_dummy else model_hash(self._folder)
+
+    def _store_folder(self) -> Path:
+        given = self._config.experts.expert_store
+        return default_store_folder() if given is None else Path(given)
+
+
+def default_store_folder() -> Path:
+    """Return where packed experts are kept: moe_serve/experts in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache or not Path(cache).is_absolute():
+        try:
+            cache = str(Path.home() / ".cache")
+        except RuntimeError as error:
+            raise ConfigError("there is no home folder; give expert_store") from error
+    return Path(cache) / "moe_serve" / "experts"
+
+
+def _median_s(work: Callable[[int], object]) -> float:
+    """Return the median time of some calls after a first one."""
+    times_s = []
+    for index in range(_NUM_SAMPLES + 1):
+        start_s = time.perf_counter()
+        work(index)
+        times_s.append(time.perf_counter() - start_s)
+    return statistics.median(times_s[1:])

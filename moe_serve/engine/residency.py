@@ -1,0 +1,146 @@
+"""Where experts are kept: all in memory, or some of them, settled before anything is made."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from moe_serve.config import EngineConfig, ExpertsConfig
+from moe_serve.engine.memory import GIB, kv_room_bytes, table_bytes, text_of
+from moe_serve.errors import CapacityError, ConfigError
+from moe_serve.experts.cache import check_capacity
+from moe_serve.experts.policies.base import CacheShape
+from moe_serve.experts.records import RECORD_ALIGNMENT
+from moe_serve.kernels.suite import Kernels
+from moe_serve.models.checkpoint import weights_bytes
+from moe_serve.models.expert_weights import moe_layers, names_without_experts
+from moe_serve.models.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+# of what experts could get by `auto`: the rest is for work space and the transfers' own
+_SHARE_OF_FREE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """How many experts are held. shape: None where all are, or where there are none.
+
+    slot_bytes: of one expert; model_bytes: what all weights take in memory, experts among them.
+    """
+
+    shape: CacheShape | None
+    slot_bytes: int
+    model_bytes: int
+    top_k: int
+
+
+def plan_residency(
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    max_model_len: int,
+    available: int,
+) -> Residency:
+    """Settle how many experts of each layer are held, by the options or by what memory there is.
+
+    Raises CapacityError where it would be fewer than a token uses, naming the least that is enough.
+    """
+    options = config.experts
+    layers = moe_layers(spec)
+    total_bytes = weights_bytes(spec, dtype)
+    if not layers:
+        _warn_of_dense(options)
+        return Residency(None, 0, total_bytes, 0)
+    moes = [moe for index in layers if (moe := spec.layers[index].moe) is not None]
+    top_k = max(moe.router.top_k for moe in moes)
+    num_experts = max(moe.router.num_experts for moe in moes)
+    slot_bytes = max(
+        -(-kernels.record_bytes(spec.hidden_size, moe.intermediate_size, dtype) // RECORD_ALIGNMENT)
+        * RECORD_ALIGNMENT
+        for moe in moes
+    )
+    other_bytes = weights_bytes(spec, dtype, names_without_experts(spec))
+    all_bytes = other_bytes + len(layers) * num_experts * slot_bytes
+    slots = _slots_by_options(options, len(layers), slot_bytes)
+    if slots is None:
+        tables = table_bytes(config, spec, max_model_len)
+        free = available - other_bytes - tables - kv_room_bytes(config, spec, dtype)
+        if len(layers) * num_experts * slot_bytes <= free:
+            slots = len(layers) * num_experts
+        else:
+            slots = max(0, int(free * _SHARE_OF_FREE)) // slot_bytes
+    if options.emulate_link is None and slots >= len(layers) * num_experts:
+        if options.is_limited:
+            logger.info("all %d experts of each layer are held: the budget allows it", num_experts)
+        return Residency(None, slot_bytes, all_bytes, top_k)
+    shape = _shape(options, len(layers), num_experts, min(slots, len(layers) * num_experts))
+    _check(shape, top_k, slot_bytes, available, options)
+    held = other_bytes + shape.total_slots * slot_bytes
+    if options.emulate_link is not None:
+        held = all_bytes + shape.total_slots * slot_bytes
+    logger.info(
+        "experts: %d slots of %d bytes for %d layers of %d experts (%.0f %%), %s",
+        shape.total_slots,
+        slot_bytes,
+        len(layers),
+        num_experts,
+        100 * shape.total_slots / (len(layers) * num_experts),
+        "the rest in host memory" if options.emulate_link is not None else "the rest on disk",
+    )
+    return Residency(shape, slot_bytes, held, top_k)
+
+
+def _slots_by_options(options: ExpertsConfig, num_layers: int, slot_bytes: int) -> int | None:
+    if options.expert_cache_slots is not None:
+        return options.expert_cache_slots * num_layers
+    if options.expert_cache_gb is not None:
+        return int(options.expert_cache_gb * GIB) // slot_bytes
+    if options.emulate_link is not None:
+        raise ConfigError("emulate_link needs expert_cache_slots or expert_cache_gb")
+    return None
+
+
+def _shape(
+    options: ExpertsConfig, num_layers: int, num_experts: int, total_slots: int
+) -> CacheShape:
+    is_per_layer = options.expert_cache_scope == "layer"
+    per_layer = total_slots // num_layers
+    return CacheShape(
+        num_layers=num_layers,
+        num_experts=num_experts,
+        slots_per_layer=per_layer if is_per_layer else None,
+        total_slots=per_layer * num_layers if is_per_layer else total_slots,
+    )
+
+
+def _check(
+    shape: CacheShape, top_k: int, slot_bytes: int, available: int, options: ExpertsConfig
+) -> None:
+    try:
+        check_capacity(shape, top_k)
+    except CapacityError as error:
+        least = top_k * shape.num_layers * slot_bytes
+        raise CapacityError(
+            f"{error}: expert_cache_gb {least / GIB:.3g}"
+            + ("" if options.is_limited else f"; {text_of(available)} of memory are available")
+        ) from error
+
+
+def _warn_of_dense(options: ExpertsConfig) -> None:
+    """Say that options about experts do nothing for a dense model."""
+    defaults = ExpertsConfig()
+    given = [
+        name
+        for name in ExpertsConfig.__slots__
+        if getattr(options, name) != getattr(defaults, name)
+    ]
+    if given:
+        logger.warning(
+            "the model is dense: it has no experts, so there is nothing to cache or to record; "
+            "no effect: %s",
+            ", ".join(given),
+        )
