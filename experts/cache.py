@@ -217,17 +217,17 @@ class ExpertCache:
         order = sorted(event.expert_ids, key=worth.__getitem__)
         num_slots = self._most_at_once(event.layer)
         kept = order[len(order) - num_slots :]
-        hits = set(event.hits)
-        kept_hits = [expert for expert in kept if expert in hits]
-        surplus = max(0, len(kept_hits) - max(0, num_slots - _STREAM_SLOTS))
-        event.keep = set(kept) - set(kept_hits[:surplus])
+        held = {*event.hits, *event.arriving}
+        kept_held = [expert for expert in kept if expert in held]
+        surplus = max(0, len(kept_held) - max(0, num_slots - _STREAM_SLOTS))
+        event.keep = set(kept) - set(kept_held[:surplus])
         rank = {expert: (expert in event.keep, place) for place, expert in enumerate(order)}
         event.misses.sort(key=rank.__getitem__)
         event.is_streamed = True
 
     def _stream_width(self, event: Event) -> int:
         """Return how many loads a wave of a stream has: half of what is not kept from before."""
-        held = len(event.keep.intersection(event.hits))
+        held = len(event.keep.intersection((*event.hits, *event.arriving)))
         return max(1, (self._most_at_once(event.layer) - held) // 2)
 
     def computed(self, event: Event, experts: Iterable[int]) -> None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from moe_serve.predictors.calibration import Calibration
 
 from moe_serve.experts.cache import ExpertCache
 from moe_serve.experts.transfer import TransferQueue
 from moe_serve.kernels.forward.base import Stopped
+from moe_serve.predictors._calibration import Calibration
 from moe_serve.predictors.base import START, Observation, Predictor
 from moe_serve.types import ForwardBatch
 
@@ -175,7 +175,7 @@ class Prefetcher:
         for distance in self._distances:
             target = layer + distance
             if target < self._cache.shape.num_layers:
-                self._foretell(target, distance)
+                self._foretell(target, distance if layer != START else 0)
         self.stats.predictor_s += time.perf_counter() - start_s
 
     def report(self) -> dict[str, Any]:
@@ -193,8 +193,7 @@ class Prefetcher:
     def give_up(self, layer: int) -> None:
         """Drop the guesses for a layer that has been reached: what is needed was hurried."""
         for expert in self._cache.loading(layer):
-            self._queue.give_up(layer, expert)
-            self.stats.given_up += 1
+            self.stats.given_up += self._queue.give_up(layer, expert)
 
     def _foretell(self, target: int, distance: int) -> None:
         probabilities = self._predictor.predict(target, self._sequences)

@@ -5,21 +5,17 @@ What was used longer ago counts less: every run halves what the runs before it l
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from moe_serve.errors import TraceError
+from moe_serve.experts.array_file import Array, read_arrays, write_arrays
 from moe_serve.kernels.moe.base import ExpertTable
 
-Array = np.ndarray[Any, Any]
-_KIND = "moe_serve usage profile 1"
+_KIND = "usage profile 1"
 _DECAY = 0.5
 _POLICY = "policy."
 
@@ -72,38 +68,21 @@ def read_profile(path: Path, model_id: str, num_layers: int, num_experts: int) -
     """
     if not path.exists():
         return UsageProfile(model_id, np.zeros((num_layers, num_experts)))
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise TraceError(f"{path}: not a usage profile ({error})") from error
-    uses = arrays.pop("uses", None)
-    if metadata.get("kind") != _KIND or uses is None:
-        raise TraceError(f"{path}: not a usage profile of this version; give another file")
-    if metadata.get("model_id") != model_id or uses.shape != (num_layers, num_experts):
+    arrays, told = read_arrays(path, _KIND)
+    uses = arrays.pop("uses", np.empty(0))
+    if told.get("model_id") != model_id or uses.shape != (num_layers, num_experts):
         raise TraceError(
-            f"{path}: a usage profile of another model ({metadata.get('model_id')}, "
+            f"{path}: a usage profile of another model ({told.get('model_id')}, "
             f"{list(uses.shape)} experts), not of this one ({model_id}, "
             f"{[num_layers, num_experts]}); give another file"
         )
     state = {name.removeprefix(_POLICY): array for name, array in arrays.items()}
-    return UsageProfile(model_id, uses, metadata.get("policy", ""), state)
+    return UsageProfile(model_id, uses, told.get("policy", ""), state)
 
 
 def write_profile(path: Path, profile: UsageProfile) -> None:
-    """Write a profile; the file appears whole or not at all. Raises TraceError."""
+    """Write a profile. Raises TraceError."""
     arrays = {"uses": profile.uses}
     arrays |= {f"{_POLICY}{name}": array for name, array in profile.policy_state.items()}
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    metadata = {"kind": _KIND, "model_id": profile.model_id, "policy": profile.policy}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = safetensors.numpy.save(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata
-        )
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise TraceError(f"{path}: cannot be written ({error.strerror})") from error
+    told = {"model_id": profile.model_id, "policy": profile.policy}
+    write_arrays(path, _KIND, arrays, told)

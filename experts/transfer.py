@@ -103,16 +103,20 @@ class TransferQueue:
                 self._urgent.append(transfer)
                 self._work.notify()
 
-    def give_up(self, layer: int, expert: int) -> None:
-        """Stop a guess that is of no use any more; it ends soon, as given up."""
+    def give_up(self, layer: int, expert: int) -> bool:
+        """Stop a guess that is of no use any more; it ends soon, as given up.
+
+        Returns whether there was one to stop: not one that is needed by now, or that has ended.
+        """
         with self._lock:
             transfer = self._of_expert.get((layer, expert))
             if transfer is None or transfer.is_urgent:
-                return
+                return False
             transfer.is_given_up = True
             if transfer in self._guesses:
                 self._guesses.remove(transfer)
                 self._end(transfer)
+            return True
 
     def ended(self, wait: bool = False) -> list[Transfer]:
         """Return the transfers that have ended since the last call.

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ from moe_serve.experts.offload import (
     OffloadedExperts,
     SlotMemory,
 )
-from moe_serve.experts.prefetch import LinkTimes, Prefetcher
+from moe_serve.experts.predictor_state import read_state
+from moe_serve.experts.prefetch import MAX_DISTANCE, LinkTimes, Prefetcher
 from moe_serve.experts.profile import ProfileKeeper, read_profile
 from moe_serve.experts.recorder import RoutingRecorder
 from moe_serve.experts.split import MissCosts, MissPlanner
@@ -49,8 +51,8 @@ from moe_serve.models.dummy import dummy_hash, dummy_weights, fill_dummy_rows
 from moe_serve.models.expert_packing import FillExperts, open_or_pack, store_layout
 from moe_serve.models.expert_weights import ExpertWeights, moe_layers, names_without_experts
 from moe_serve.models.spec import ModelSpec
-from moe_serve.predictors.base import PredictorShape
-from moe_serve.predictors.calibration import Calibration
+from moe_serve.predictors._calibration import Calibration
+from moe_serve.predictors.base import Array, Gates, PredictorShape
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,16 @@ _DISK_THREADS = 4
 _NUM_SAMPLES = 5
 
 Progress = Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tier:
+    """Where slots are, and where what is not in them comes from."""
+
+    source: Source
+    queue: TransferQueue
+    memory: SlotMemory
+    host: HostTier | None = None
 
 
 class ExpertParts:
@@ -107,10 +119,18 @@ class ExpertParts:
             self._residency.slot_bytes,
         )
         link = self._config.experts.emulate_link
-        if link is not None:
-            others, experts = self._behind_link(cache, link, keeper)
-        else:
-            others, experts = self._on_disk(cache, keeper)
+        others, tier = self._on_disk(cache) if link is None else self._behind_link(cache, link)
+        experts = OffloadedExperts(
+            self._kernels.moe,
+            self._tables(cache, tier.memory.records),
+            cache,
+            tier.queue,
+            tier.memory,
+            tier.host,
+            self._prefetcher(cache, tier, self._gates(others)),
+            self._recorder(),
+            keeper,
+        )
         if keeper is not None:
             experts.preload(keeper.before.hottest())
         return others, experts
@@ -122,9 +142,7 @@ class ExpertParts:
         others = self._fill_all(weights.plain())
         return others, weights.packed(self._recorder(), self._keeper())
 
-    def _behind_link(
-        self, cache: ExpertCache, gb_per_s: float, keeper: ProfileKeeper | None
-    ) -> tuple[dict[str, Tensor], OffloadedExperts]:
+    def _behind_link(self, cache: ExpertCache, gb_per_s: float) -> tuple[dict[str, Tensor], _Tier]:
         """Put all records in host memory, and slots before them in the same arena."""
         num_slots = cache.shape.total_slots
         weights = ExpertWeights(self._spec, self._dtype, self._kernels, num_slots)
@@ -132,22 +150,12 @@ class ExpertParts:
         weights.pack()
         arena = weights.only_arena()
         source = EmulatedLink(arena.records, arena.num_experts, gb_per_s * 1e9)
-        queue = TransferQueue(source, arena.slots, num_threads=1)
-        tables = self._tables(cache, arena.slots)
-        host = HostTier(
-            num_slots,
-            arena.num_experts,
-            MissPlanner(
-                self._config.experts.miss,
-                self._miss_costs(tables[self._layers[0]], num_slots, source, arena.slots[0]),
-            ),
-        )
         memory = FixedSlots(arena.slots, num_slots)
-        return others, self._offloaded(tables, cache, queue, source, memory, host, keeper)
+        costs = self._miss_costs(arena.table(arena.layers[0]), source, arena.slots[0])
+        host = HostTier(num_slots, arena.num_experts, MissPlanner(self._config.experts.miss, costs))
+        return others, _Tier(source, TransferQueue(source, arena.slots, 1), memory, host)
 
-    def _on_disk(
-        self, cache: ExpertCache, keeper: ProfileKeeper | None
-    ) -> tuple[dict[str, Tensor], OffloadedExperts]:
+    def _on_disk(self, cache: ExpertCache) -> tuple[dict[str, Tensor], _Tier]:
         """Read records from a store, packed now if there is none as yet."""
         if self._config.experts.miss == "split":
             logger.warning(
@@ -167,47 +175,29 @@ class ExpertParts:
             shape.total_slots, shape.num_layers * shape.num_experts, self._residency.slot_bytes
         )
         source = StoreSource(store, self._layers)
-        queue = TransferQueue(source, memory.records, _DISK_THREADS)
-        tables = self._tables(cache, memory.records)
-        return others, self._offloaded(tables, cache, queue, source, memory, None, keeper)
+        return others, _Tier(source, TransferQueue(source, memory.records, _DISK_THREADS), memory)
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def _offloaded(
-        self,
-        tables: dict[int, ExpertTable],
-        cache: ExpertCache,
-        queue: TransferQueue,
-        source: Source,
-        memory: SlotMemory,
-        host: HostTier | None,
-        keeper: ProfileKeeper | None,
-    ) -> OffloadedExperts:
-        prefetcher = None
-        if self._config.experts.prefetch != "off":
-            prefetcher = self._prefetcher(cache, queue, source, memory.records[0])
-        recorder = self._recorder()
-        return OffloadedExperts(
-            self._kernels.moe, tables, cache, queue, memory, host, prefetcher, recorder, keeper
-        )
-
-    def _prefetcher(
-        self, cache: ExpertCache, queue: TransferQueue, source: Source, scratch: Tensor
-    ) -> Prefetcher:
+    def _prefetcher(self, cache: ExpertCache, tier: _Tier, gates: Gates) -> Prefetcher | None:
         options = self._config.experts
-        predictor = plugin.load("moe_serve.predictors", options.predictor).build(
-            PredictorShape(
-                num_layers=cache.shape.num_layers,
-                num_experts=cache.shape.num_experts,
-                top_k=cache.top_k,
-            ),
-            None,
+        if options.prefetch == "off":
+            return None
+        shape = PredictorShape(
+            num_layers=cache.shape.num_layers,
+            num_experts=cache.shape.num_experts,
+            top_k=cache.top_k,
         )
-        load_s = _median_s(lambda index: self._load(source, scratch, index, None))
-        chunk_s = _median_s(lambda index: self._load(source, scratch, index, CHUNK_BYTES))
-        kind = "on" if options.prefetch == "on" else "auto"
+        predictor = plugin.load("moe_serve.predictors", options.predictor).build(
+            shape, self._predictor_state(), gates
+        )
+        scratch = tier.memory.records[0]
+        load_s = _median_s(lambda index: self._load(tier.source, scratch, index, None))
+        chunk_s = _median_s(lambda index: self._load(tier.source, scratch, index, CHUNK_BYTES))
         link = LinkTimes(load_s=load_s, chunk_s=min(chunk_s, load_s))
-        return Prefetcher(predictor, cache, queue, Calibration(), link, kind)
+        calibration = Calibration(MAX_DISTANCE)
+        kind = options.prefetch
+        return Prefetcher(predictor, cache, tier.queue, calibration, link, kind)
 
     def _load(self, source: Source, scratch: Tensor, index: int, num_bytes: int | None) -> None:
         """Read an expert, or its first bytes, into a slot that nobody uses yet."""
@@ -218,18 +208,11 @@ class ExpertParts:
         if num_bytes is None:
             source.verify(0, expert, record)
 
-    def _miss_costs(
-        self, table: ExpertTable, first_slot: int, source: Source, scratch: Tensor
-    ) -> MissCosts:
-        """Measure a copy, and an expert on one row and on several, with the real kernels."""
-        table = ExpertTable(
-            table.records,
-            torch.arange(first_slot, first_slot + table.num_experts, dtype=torch.int32),
-            torch.zeros(table.num_experts, dtype=torch.int64),
-            table.hidden_size,
-            table.intermediate_size,
-            table.dtype,
-        )
+    def _miss_costs(self, table: ExpertTable, source: Source, scratch: Tensor) -> MissCosts:
+        """Measure a copy, and an expert on one row and on several, with the real kernels.
+
+        table: of experts in host memory.
+        """
         many = 16
 
         def run(expert: int, num_rows: int) -> None:
@@ -278,6 +261,28 @@ class ExpertParts:
             self._residency.top_k,
             self._model_hash()[:16],
         )
+
+    def _gates(self, weights: Mapping[str, Tensor]) -> Gates:
+        """Return the routers and the norms before them, for a predictor that asks them early."""
+        routers = [layer.moe.router for layer in self._spec.layers if layer.moe is not None]
+        is_softmax = routers[0].score in ("softmax", "softmax_after_top_k")
+
+        def arrays(name: str) -> list[Array]:
+            return [weights[f"layers.{layer}.{name}"].float().numpy() for layer in self._layers]
+
+        return Gates(
+            router_weights=arrays("router"),
+            norm_weights=arrays("mlp_norm"),
+            norm_eps=self._spec.norm_eps,
+            score="softmax" if is_softmax else "sigmoid",
+        )
+
+    def _predictor_state(self) -> dict[str, Array] | None:
+        """Read what train-predictor wrote, if it is to be used. Raises TraceError."""
+        path = self._config.experts.predictor_state
+        if path is None:
+            return None
+        return read_state(Path(path), self._config.experts.predictor)
 
     def _keeper(self) -> ProfileKeeper | None:
         """Read the usage profile, if there is to be one. Raises TraceError for another model's."""
