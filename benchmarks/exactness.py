@@ -19,15 +19,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.expert_cases import Held, held_factors, random_held
 from benchmarks.results import Row, recorded_command, write_results
+from moe_serve.engine.engine import Engine
+from moe_serve.hub import resolve_model
 from moe_serve.llm import LLM
-from moe_serve.types import RequestOutput, SamplingParams
+from moe_serve.types import RequestOutput, SamplingParams, StepOutput
 
 # four layers as wide as a real model's: kernels differ at K >= 1024 that agree at K = 256
 WIDE = {
@@ -59,6 +62,7 @@ class Case:
     threads: int = 2
     # forced preemption: KV for this many requests only, which begin short and grow long
     num_resident: int | None = None
+    held: Held | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class Outcome:
     num_preemptions: int
     prefix_hit_tokens: int
     seconds: float
+    experts: dict[str, Any] = field(default_factory=dict)
 
 
 BASE = Case("base: 32 at once", {"max_num_seqs": 32, "enable_prefix_caching": False})
@@ -87,9 +92,28 @@ FACTORS = (
 )
 # admitted without room to grow, running sequences push each other out
 PREEMPTION = Case("preemption", {"admission_horizon": 0, "block_size": 4}, num_resident=4)
+# what a case with experts elsewhere shows to have taken place
+EXPERT_COUNTS = ("misses", "computed_on_cpu", "useful", "late", "wasted")
 # a full run must have forced more of them than this, on each model and dtype
 MIN_PREEMPTIONS = 50
 FULL_RANDOM = 30
+
+
+def expert_cases(can_fuse: bool) -> Iterator[Case]:
+    """Yield the cases in which not all experts are held, one factor at a time."""
+    for name, options, held in held_factors():
+        if can_fuse or "fused" not in options:
+            yield Case(name, options, held=held)
+
+
+def random_expert_cases(count: int, seed: int = 1) -> Iterator[Case]:
+    """Yield combinations of all factors, experts' among them."""
+    chance = random.Random(seed)
+    for case in random_cases(count, seed):
+        held = random_held(chance)
+        text = ", ".join(f"{name}={value}" for name, value in held.options.items())
+        name = f"{case.name}, {round(100 * held.share)} % held, {text}"
+        yield replace(case, name=name + ", resized" * held.resizes, held=held)
 
 
 def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
@@ -144,7 +168,9 @@ class Subject:
         prompts: list[list[int]],
         max_tokens: int,
         load_format: str,
+        store: Path | None = None,
     ) -> None:
+        """store: folder of packed experts, for cases in which not all are held."""
         self.model = model
         self.numerics = numerics
         self.load_format = load_format
@@ -164,6 +190,9 @@ class Subject:
             for temperature, top_p in ((0.0, 1.0), (0.8, 0.95))
         ]
         self.numerics_id = ""
+        self.store = store
+        config = json.loads((resolve_model(model, None) / "config.json").read_text())
+        self.experts: tuple[int, int] = (config["num_experts"], config["num_experts_per_tok"])
 
     def run(self, case: Case) -> Outcome:
         """Build an engine with the case's options and run all prompts through it."""
@@ -174,13 +203,19 @@ class Subject:
             longest = max(map(len, self.prompts)) + self.max_tokens
             block_size = options.get("block_size", 16)
             options["num_kv_blocks"] = case.num_resident * -(-longest // block_size)
+        if case.held is not None:
+            slots = case.held.slots(*self.experts)
+            options |= {"expert_cache_slots": slots, "expert_store": str(self.store)}
+            options |= case.held.options
         threads = torch.get_num_threads()
         torch.set_num_threads(case.threads)
         try:
-            llm = LLM(model=self.model, load_format=self.load_format, **options)
-            start = time.perf_counter()
-            outputs = llm.generate(self.prompts, self.params, use_tqdm=False)
-            seconds = time.perf_counter() - start
+            with LLM(model=self.model, load_format=self.load_format, **options) as llm:
+                if case.held is not None and case.held.resizes:
+                    _resize_now_and_then(llm, *self.experts)
+                start = time.perf_counter()
+                outputs = llm.generate(self.prompts, self.params, use_tqdm=False)
+                seconds = time.perf_counter() - start
         finally:
             torch.set_num_threads(threads)
         assert llm.last_run is not None
@@ -190,17 +225,36 @@ class Subject:
             llm.last_run.num_preemptions,
             llm.last_run.prefix_hit_tokens,
             seconds,
+            dict(llm.engine.stats().experts),
         )
 
     def first(self, count: int) -> Subject:
         """Return the same with its first `count` prompts only."""
         prompts = self.prompts[: 2 * count : 2]
-        return Subject(self.model, self.numerics, prompts, self.max_tokens, self.load_format)
+        return Subject(
+            self.model, self.numerics, prompts, self.max_tokens, self.load_format, self.store
+        )
 
     def for_preemption(self, max_tokens: int = 64) -> Subject:
         """Return the same with short prompts and long outputs, which grow past any room."""
         prompts = [ids[-16:] for ids in self.prompts[::2]]
-        return Subject(self.model, self.numerics, prompts, max_tokens, self.load_format)
+        return Subject(self.model, self.numerics, prompts, max_tokens, self.load_format, self.store)
+
+
+def _resize_now_and_then(llm: LLM, num_experts: int, top_k: int) -> None:
+    """Have the engine hold other numbers of experts, every third step."""
+    engine = llm.engine
+    assert isinstance(engine, Engine)
+    step = engine.step
+    sizes = itertools.cycle((top_k, num_experts // 2, num_experts, num_experts // 3 + top_k))
+    numbers = itertools.count()
+
+    def resized_step() -> list[StepOutput]:
+        if next(numbers) % 3 == 2:
+            engine.resize_expert_cache(min(num_experts, next(sizes)))
+        return step()
+
+    engine.step = resized_step  # type: ignore[method-assign]
 
 
 def _exact(output: RequestOutput) -> tuple[Any, ...]:
@@ -230,15 +284,16 @@ def read_prompts(folder: Path, count: int) -> list[str]:
     return texts
 
 
-def embedded_subject(numerics: Numerics, texts: Sequence[str], max_tokens: int) -> Subject:
-    """Return the embedded model with real prompts."""
-    from moe_serve.hub import resolve_model
+def embedded_subject(
+    numerics: Numerics, texts: Sequence[str], max_tokens: int, store: Path | None = None
+) -> Subject:
+    """Return the embedded model with real prompts; store: as for `Subject`."""
     from moe_serve.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve_model("demo-moe", None))
     assert tokenizer is not None
     prompts = [tokenizer.encode(INSTRUCTION + text)[:MAX_PROMPT] for text in texts]
-    return Subject("demo-moe", numerics, prompts, max_tokens, "safetensors")
+    return Subject("demo-moe", numerics, prompts, max_tokens, "safetensors", store)
 
 
 def wide_subject(numerics: Numerics, folder: Path, num_prompts: int, max_tokens: int) -> Subject:
@@ -250,7 +305,7 @@ def wide_subject(numerics: Numerics, folder: Path, num_prompts: int, max_tokens:
         shared + [chance.randrange(2048) for _ in range(chance.randint(1, 90))]
         for _ in range(num_prompts)
     ]
-    return Subject(str(folder), numerics, prompts, max_tokens, "dummy")
+    return Subject(str(folder), numerics, prompts, max_tokens, "dummy", folder / "experts")
 
 
 def main() -> int:
@@ -263,6 +318,9 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--random", type=int, default=30, help="random combinations")
     parser.add_argument("--random-prompts", type=int, default=20, help="prompts of each of those")
+    parser.add_argument(
+        "--experts", action="store_true", help="the cases in which not all experts are held"
+    )
     parser.add_argument("--kernels", default="auto", help="auto, cpu or reference")
     parser.add_argument("--isa", default="auto", help="instruction set of the native kernels")
     parser.add_argument("--save", action="store_true", help="keep the figures in results/")
@@ -274,22 +332,28 @@ def main() -> int:
         for dtype in ("float32", "bfloat16"):
             numerics = Numerics(dtype, args.kernels, args.isa)
             for name, subject in (
-                ("embedded", embedded_subject(numerics, texts, args.max_tokens)),
+                (
+                    "embedded",
+                    embedded_subject(numerics, texts, args.max_tokens, Path(folder, "embedded")),
+                ),
                 ("wide", wide_subject(numerics, Path(folder), args.num_wide, args.max_tokens)),
             ):
-                rows += run_matrix(f"{name} {numerics}", subject, args.random, args.random_prompts)
+                rows += run_matrix(
+                    f"{name} {numerics}", subject, args.random, args.random_prompts, args.experts
+                )
                 numerics_ids.append(subject.numerics_id)
     num_wrong = sum(int(row.value) for row in rows if row.limit == 0)
     print(f"{num_wrong} outputs differ from their base")
     num_forced = fewest_forced(rows)
     print(f"at least {num_forced} preemptions were forced on each model and dtype")
-    is_proof = args.random < FULL_RANDOM or num_forced > MIN_PREEMPTIONS
+    is_proof = args.random < FULL_RANDOM or args.experts or num_forced > MIN_PREEMPTIONS
     if not is_proof:
         print(f"that is too few to prove anything: a full run needs more than {MIN_PREEMPTIONS}")
     if args.save:
         command = recorded_command("benchmarks.exactness", sys.argv[1:])
         numerics_id = ", ".join(dict.fromkeys(numerics_ids))
-        print(write_results("exactness", rows, command=command, numerics_id=numerics_id))
+        kind = "exactness-experts" if args.experts else "exactness"
+        print(write_results(kind, rows, command=command, numerics_id=numerics_id))
     return 1 if num_wrong or not is_proof else 0
 
 
@@ -301,15 +365,25 @@ def fewest_forced(rows: Sequence[Row]) -> int:
     return min(forced, default=0)
 
 
-def run_matrix(name: str, subject: Subject, num_random: int, num_random_prompts: int) -> list[Row]:
+def run_matrix(
+    name: str,
+    subject: Subject,
+    num_random: int,
+    num_random_prompts: int,
+    with_experts: bool = False,
+) -> list[Row]:
     """Run the base, every factor and some combinations; print and return what differed.
 
     Factors run on all prompts; combinations, many of which are slow, on the first few.
     """
     print(f"{name}: {len(subject.prompts)} outputs a run")
     rows: list[Row] = []
-    factors = (*subject.numerics.factors, PREEMPTION)
-    for is_random, cases in ((False, factors), (True, random_cases(num_random))):
+    factors: Iterable[Case] = (*subject.numerics.factors, PREEMPTION)
+    combinations = random_cases(num_random)
+    if with_experts:
+        factors = expert_cases(subject.numerics.can_fuse)
+        combinations = random_expert_cases(num_random)
+    for is_random, cases in ((False, factors), (True, combinations)):
         fixed = subject.first(num_random_prompts) if is_random else subject
         growing = fixed.for_preemption()
         bases = {fixed: fixed.run(BASE), growing: growing.run(BASE)}
@@ -333,13 +407,19 @@ def _run_cases(
         wrong = differing(outcome, bases[subject])
         print(
             f"  {len(wrong):3d} differ {outcome.num_preemptions:5d} preemptions"
-            f" {outcome.prefix_hit_tokens:6d} hit tokens {outcome.seconds:6.1f} s  {case.name}",
+            f" {outcome.prefix_hit_tokens:6d} hit tokens"
+            f" {outcome.experts.get('total', {}).get('misses', 0):7d} misses"
+            f" {outcome.seconds:6.1f} s  {case.name}",
             flush=True,
         )
         label = f"{name}, {case.name}"
         rows.append(Row.of(f"{label}: outputs that differ", [len(wrong)], "count", limit=0))
         if grows:
             rows.append(Row.of(f"{label}: preemptions", [outcome.num_preemptions], "count"))
+        for what in EXPERT_COUNTS:
+            if outcome.experts.get("total", {}).get(what):
+                count = outcome.experts["total"][what]
+                rows.append(Row.of(f"{label}: {what}", [count], "count"))
         if outcome.prefix_hit_tokens:
             rows.append(Row.of(f"{label}: hit tokens", [outcome.prefix_hit_tokens], "count"))
     return rows

@@ -39,7 +39,7 @@ def write_arrays(
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(
             safetensors.numpy.save(
-                {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+                {name: np.asarray(array, order="C") for name, array in arrays.items()},
                 {_KIND: kind, **told},
             )
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_serve.comm.base import Inbox
 from moe_serve.errors import CapacityError, MoeServeError, StoreError
-from moe_serve.experts.cache import Event, ExpertCache, check_capacity
+from moe_serve.experts.cache import Event, ExpertCache, Wave, check_capacity
 from moe_serve.experts.executor import Replay
 from moe_serve.experts.policies.base import CacheShape
 from moe_serve.experts.prefetch import Prefetcher
@@ -305,15 +305,14 @@ class OffloadedExperts:
         left = len(event.expert_ids)
         in_place = self._run_in_place(event, counts)
         try:
-            for number, wave in enumerate(self.cache.waves(event)):
+            for number, wave in enumerate(self._waves(event, in_place)):
                 for expert, slot in wave.loads:
                     self.queue.demand(layer, expert, slot)
                 if self.prefetcher is not None and number == 0:
                     self.prefetcher.plan(layer)
-                run = wave.run + in_place if number == 0 else wave.run
-                if not run and not wave.loads:
+                if not wave.run and not wave.loads:
                     self._wait(event)
-                for ready in self._as_they_arrive(event, run):
+                for ready in self._as_they_arrive(event, wave.run):
                     left -= len(ready)
                     if not left:
                         self.cache.end(event)  # the pass goes on from here to other layers
@@ -321,6 +320,15 @@ class OffloadedExperts:
         finally:
             for expert in in_place:
                 self.cache.slot_of_expert[layer, expert] = -1
+
+    def _waves(self, event: Event, in_place: list[int]) -> Iterator[Wave]:
+        """Yield the cache's waves; the first runs, with the hits, what runs where it lies."""
+        first = in_place
+        for wave in self.cache.waves(event):
+            yield Wave(wave.loads, wave.run + first) if first else wave
+            first = []
+        if first:
+            yield Wave([], first)
 
     def _as_they_arrive(self, event: Event, run: Sequence[int]) -> Iterator[list[int]]:
         """Yield what of `run` is there, until all was."""

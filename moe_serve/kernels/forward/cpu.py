@@ -209,6 +209,7 @@ class Forward:
             stopped = Stopped(
                 layer=layer, expert_ids=ids, weights=weights, counts=counts, residual=residual
             )
+            is_last = False
             for only, is_last in watcher.serve(stopped):
                 progress.only = pointer_or_null(only, torch.uint8)
                 progress.is_last = is_last
