@@ -28,7 +28,7 @@ class Counters:
     """What happened in each layer, int64 [num_layers] each; hits + misses = sum of unions.
 
     misses: experts that an event used and that were not resident when it began. fetched: records
-    that were brought in, for events and for guesses; bytes: what they take. computed_on_cpu: misses
+    that arrived, for events and for guesses; bytes: what they and those given up half-way took. computed_on_cpu: misses
     that were served where they lay, without being brought in. Of what was brought in on a guess:
     useful was resident before its event, late was on its way, wasted left without having been used.
     """
@@ -288,9 +288,15 @@ class ExpertCache:
         self.slot_of_expert[layer, expert] = slot
         insort(self._residents[layer], expert)
         self._lowest[layer] = None
+        self.counters.fetched[layer] += 1
+        self.counters.bytes[layer] += self._record_bytes
 
-    def failed(self, layer: int, expert: int) -> None:
-        """Say that an expert could not be brought in, or was given up: its slot is free again."""
+    def failed(self, layer: int, expert: int, num_bytes: int = 0) -> None:
+        """Say that an expert could not be brought in, or was given up: its slot is free again.
+
+        num_bytes: what had arrived of it.
+        """
+        self.counters.bytes[layer] += num_bytes
         slot = self._loading.pop((layer, expert))
         self._slot[layer][expert] = ABSENT
         self._num_held[layer] -= 1
@@ -477,8 +483,6 @@ class ExpertCache:
         self._slot[layer][expert] = slot
         self._num_held[layer] += 1
         self._loading[layer, expert] = slot
-        self.counters.fetched[layer] += 1
-        self.counters.bytes[layer] += self._record_bytes
 
     def _evict(self, layer: int, expert: int) -> None:
         slot = self._slot[layer][expert]

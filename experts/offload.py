@@ -26,7 +26,7 @@ from moe_serve.experts.prefetch import Prefetcher
 from moe_serve.experts.profile import ProfileKeeper
 from moe_serve.experts.recorder import RoutingRecorder, StepNotes
 from moe_serve.experts.split import MissPlanner
-from moe_serve.experts.transfer import Transfer, TransferQueue
+from moe_serve.experts.transfer import Transfer, Transfers
 from moe_serve.kernels.forward.base import Stopped, Stops
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.kernels.native.memory import GrowingMemory
@@ -117,12 +117,13 @@ class OffloadedExperts:
         moe: Callable[..., Tensor],
         layers: dict[int, ExpertTable],
         cache: ExpertCache,
-        queue: TransferQueue,
+        queue: Transfers,
         memory: SlotMemory,
         host: HostTier | None = None,
         prefetcher: Prefetcher | None = None,
         recorder: RoutingRecorder | None = None,
         keeper: ProfileKeeper | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._moe = moe
         self.layers = layers
@@ -131,6 +132,7 @@ class OffloadedExperts:
         self.prefetcher = prefetcher
         self.recorder = recorder
         self._keeper = keeper
+        self._clock = clock
         self.replay: Replay | None = None
         self._memory = memory
         self._host = host
@@ -343,9 +345,9 @@ class OffloadedExperts:
                 self._wait(event)
 
     def _wait(self, event: Event) -> None:
-        start_s = time.perf_counter()
+        start_s = self._clock()
         ended = self.queue.ended(wait=True)
-        self.stats.stall_s[event.layer] += time.perf_counter() - start_s
+        self.stats.stall_s[event.layer] += self._clock() - start_s
         assert ended, f"MoE layer {event.layer} waits for experts that nobody brings"
         self._collect(ended, event)
 
@@ -357,7 +359,7 @@ class OffloadedExperts:
             if transfer.has_arrived:
                 self.cache.loaded(transfer.layer, transfer.expert)
                 continue
-            self.cache.failed(transfer.layer, transfer.expert)
+            self.cache.failed(transfer.layer, transfer.expert, transfer.at)
             if transfer.error is not None:
                 logger.warning(
                     "expert %d of MoE layer %d: %s", transfer.expert, transfer.layer, transfer.error

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from moe_serve.experts.cache import ExpertCache
-from moe_serve.experts.transfer import TransferQueue
+from moe_serve.experts.calibration import Calibration
+from moe_serve.experts.transfer import Transfers
 from moe_serve.kernels.forward.base import Stopped
-from moe_serve.predictors._calibration import Calibration
 from moe_serve.predictors.base import START, Observation, Predictor
 from moe_serve.types import ForwardBatch
 
@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 MAX_DISTANCE = 6
+
+
+# a resident that is this likely to be used itself does not give way to a guess
+_MAY_BE_USED = 0.05
 # a guess is not worth its slot below this, whatever the link costs
 _LEAST_PRECISION = 0.6
 _STEPS_TO_JUDGE = 64
@@ -88,7 +92,7 @@ class Prefetcher:
         self,
         predictor: Predictor,
         cache: ExpertCache,
-        queue: TransferQueue,
+        queue: Transfers,
         calibration: Calibration,
         link: LinkTimes,
         kind: str = "auto",
@@ -207,7 +211,7 @@ class Prefetcher:
             return
         wanted = np.flatnonzero(is_absent & (probabilities >= threshold))
         for expert in wanted[np.argsort(-probabilities[wanted], kind="stable")][:room].tolist():
-            keep = set(np.flatnonzero(probabilities >= probabilities[expert]).tolist())
+            keep = set(np.flatnonzero(probabilities >= _MAY_BE_USED).tolist())
             slot = self._cache.guess(target, expert, keep)
             if slot is not None:
                 self._queue.guess(target, expert, slot)

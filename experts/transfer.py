@@ -54,11 +54,50 @@ class Transfer:
         return self.error is None and not self.is_given_up
 
 
-class TransferQueue:
+class Transfers(Protocol):
     """Transfers under way, at most one for an expert.
 
     The owner starts and collects them; all methods are for one thread, its own.
     """
+
+    def demand(self, layer: int, expert: int, slot: int) -> None:
+        """Start to bring in what is needed now."""
+        ...
+
+    def guess(self, layer: int, expert: int, slot: int) -> None:
+        """Start to bring in what may be needed, once nothing else is to be done."""
+        ...
+
+    def hurry(self, layer: int, expert: int) -> None:
+        """Say that a guess is needed now."""
+        ...
+
+    def give_up(self, layer: int, expert: int) -> bool:
+        """Stop a guess that is of no use any more; it ends soon, as given up.
+
+        Returns whether there was one to stop: not one that is needed by now, or that has ended.
+        """
+        ...
+
+    def ended(self, wait: bool = False) -> list[Transfer]:
+        """Return the transfers that have ended since the last call.
+
+        wait: until there is one, where any is under way.
+        """
+        ...
+
+    @property
+    def num_guesses(self) -> int:
+        """Return how many transfers wait or run on a guess."""
+        ...
+
+    def close(self) -> None:
+        """Give up what waits, and wait for what runs."""
+        ...
+
+
+class TransferQueue:
+    """`Transfers` by threads that read from a source."""
 
     def __init__(
         self, source: Source, records: Tensor, num_threads: int, chunk_bytes: int = CHUNK_BYTES
@@ -72,7 +111,6 @@ class TransferQueue:
         self._change = threading.Condition(self._lock)
         self._urgent: deque[Transfer] = deque()
         self._guesses: deque[Transfer] = deque()
-        self._running: set[int] = set()  # slots
         self._ended: list[Transfer] = []
         self._of_expert: dict[tuple[int, int], Transfer] = {}
         self._is_closing = False
@@ -84,15 +122,12 @@ class TransferQueue:
             thread.start()
 
     def demand(self, layer: int, expert: int, slot: int) -> None:
-        """Start to bring in what is needed now."""
         self._add(Transfer(layer, expert, slot, is_urgent=True), self._urgent)
 
     def guess(self, layer: int, expert: int, slot: int) -> None:
-        """Start to bring in what may be needed, once nothing else is to be done."""
         self._add(Transfer(layer, expert, slot, is_urgent=False), self._guesses)
 
     def hurry(self, layer: int, expert: int) -> None:
-        """Say that a guess is needed now."""
         with self._lock:
             transfer = self._of_expert.get((layer, expert))
             if transfer is None:
@@ -104,10 +139,6 @@ class TransferQueue:
                 self._work.notify()
 
     def give_up(self, layer: int, expert: int) -> bool:
-        """Stop a guess that is of no use any more; it ends soon, as given up.
-
-        Returns whether there was one to stop: not one that is needed by now, or that has ended.
-        """
         with self._lock:
             transfer = self._of_expert.get((layer, expert))
             if transfer is None or transfer.is_urgent:
@@ -119,28 +150,18 @@ class TransferQueue:
             return True
 
     def ended(self, wait: bool = False) -> list[Transfer]:
-        """Return the transfers that have ended since the last call.
-
-        wait: until there is one, where any is under way. Raises what stopped a thread.
-        """
         with self._lock:
             while wait and not self._ended and self._of_expert:
                 self._change.wait()
             ended, self._ended = self._ended, []
         return ended
 
-    def is_under_way(self, layer: int, expert: int) -> bool:
-        """Return whether a transfer of this expert has not been collected by `ended` as yet."""
-        return (layer, expert) in self._of_expert
-
     @property
     def num_guesses(self) -> int:
-        """Return how many transfers wait or run on a guess."""
         with self._lock:
             return sum(not transfer.is_urgent for transfer in self._of_expert.values())
 
     def close(self) -> None:
-        """Give up what waits, and wait for the threads."""
         with self._lock:
             self._is_closing = True
             self._urgent.clear()

@@ -22,6 +22,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.residency import Residency
 from moe_serve.errors import ConfigError
 from moe_serve.experts.cache import ExpertCache
+from moe_serve.experts.calibration import Calibration
 from moe_serve.experts.executor import Experts
 from moe_serve.experts.offload import (
     FixedSlots,
@@ -51,7 +52,6 @@ from moe_serve.models.dummy import dummy_hash, dummy_weights, fill_dummy_rows
 from moe_serve.models.expert_packing import FillExperts, open_or_pack, store_layout
 from moe_serve.models.expert_weights import ExpertWeights, moe_layers, names_without_experts
 from moe_serve.models.spec import ModelSpec
-from moe_serve.predictors._calibration import Calibration
 from moe_serve.predictors.base import Array, Gates, PredictorShape
 
 logger = logging.getLogger(__name__)
