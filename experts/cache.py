@@ -28,9 +28,9 @@ class Counters:
     """What happened in each layer, int64 [num_layers] each; hits + misses = sum of unions.
 
     misses: experts that an event used and that were not resident when it began. fetched: records
-    that arrived, for events and for guesses; bytes: what they and those given up half-way took. computed_on_cpu: misses
-    that were served where they lay, without being brought in. Of what was brought in on a guess:
-    useful was resident before its event, late was on its way, wasted left without having been used.
+    that arrived, for events and for guesses; bytes: what they, and those given up half-way, took.
+    computed_on_cpu: misses that were served where they lay, without being brought in. Of what was
+    brought in on a guess: useful was resident before its event, late was on its way, wasted left without having been used.
     """
 
     FIELDS = ("hits", "misses", "fetched", "computed_on_cpu", "bytes", "useful", "late", "wasted")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.comm.base import Inbox
-from moe_serve.errors import CapacityError, MoeServeError, StoreError
+from moe_serve.errors import CapacityError, StoreError
 from moe_serve.experts.cache import Event, ExpertCache, Wave, check_capacity
 from moe_serve.experts.executor import Replay
 from moe_serve.experts.policies.base import CacheShape
@@ -366,10 +366,10 @@ class OffloadedExperts:
                 )
             if event is not None and transfer.layer == event.layer and transfer.expert in needed:
                 error = transfer.error
-        if isinstance(error, MoeServeError):
-            raise error
-        if error is not None:
+        if isinstance(error, (OSError, RuntimeError, MemoryError)):
             raise StoreError(f"an expert could not be brought in: {error}") from error
+        if error is not None:
+            raise error
 
     def _run_in_place(self, event: Event, counts: Mapping[int, int]) -> list[int]:
         """Choose misses that run in host memory, and let the kernels find them there."""

@@ -58,7 +58,7 @@ class RoutingRecorder:
         try:
             path.touch()
             self._files: dict[str, BinaryIO] = {
-                name: tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - until close
+                name: tempfile.TemporaryFile(buffering=0, dir=path.parent)  # noqa: SIM115 - until close
                 for name in ("ids", "weights", "tokens")
             }
         except OSError as error:
@@ -79,11 +79,19 @@ class RoutingRecorder:
             batch.token_ids,
         )
         tokens = torch.stack([column.long() for column in columns], 1).numpy()
+        parts = {
+            "ids": ids.astype(self._dtype).tobytes(),
+            "weights": weights.astype(np.float16).tobytes(),
+            "tokens": tokens.tobytes(),
+        }
+        ends = {name: file.tell() for name, file in self._files.items()}
         try:
-            self._files["ids"].write(ids.astype(self._dtype).tobytes())
-            self._files["weights"].write(weights.astype(np.float16).tobytes())
-            self._files["tokens"].write(tokens.tobytes())
+            for name, data in parts.items():
+                _write_all(self._files[name], data)
         except OSError as error:
+            for name, end in ends.items():  # all three still hold the same tokens
+                self._files[name].seek(end)
+                self._files[name].truncate()
             raise TraceError(f"{self.path}: cannot be written ({error.strerror})") from error
         self.num_tokens += batch.num_tokens
 
@@ -120,6 +128,12 @@ class RoutingRecorder:
 
     def _read(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Array:
         file = self._files[name]
-        file.flush()
         file.seek(0)
         return np.fromfile(file, dtype=dtype).reshape(shape)
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """Write all of it to an unbuffered file. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]

@@ -76,10 +76,13 @@ class Trace:
 def read_trace(path: Path) -> Trace:
     """Read a .npz file of a trace. Raises TraceError for what is not one, naming the field."""
     try:
+        with zipfile.ZipFile(path):  # so that what is no archive is not read as an array
+            pass
         with np.load(path, allow_pickle=False) as file:
             fields = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+    except Exception as error:  # numpy and zipfile raise a dozen kinds on damaged files
         raise TraceError(f"{path}: not a trace, an .npz file of arrays ({error})") from error
+    _check_kinds(path, fields)
     missing = [name for name in _NEEDED if name not in fields]
     if missing:
         raise TraceError(f"{path}: not a trace: it has no {', '.join(missing)}")
@@ -100,6 +103,28 @@ def read_trace(path: Path) -> Trace:
     return trace
 
 
+def _check_kinds(path: Path, fields: dict[str, Array]) -> None:
+    """Refuse arrays of another kind or number of dimensions than theirs."""
+    wanted = {
+        "ids": (3, np.integer),
+        "weights": (3, np.floating),
+        "seq_offsets": (1, np.integer),
+        "layer_ids": (1, np.integer),
+        "step": (1, np.integer),
+        "phase": (1, np.integer),
+        "token_ids": (1, np.integer),
+    }
+    for name, (num_dimensions, kind) in wanted.items():
+        array = fields.get(name)
+        if array is not None and (
+            array.ndim != num_dimensions or not np.issubdtype(array.dtype, kind)
+        ):
+            raise TraceError(
+                f"{path}: {name} is {array.dtype} of {array.ndim} dimensions; it must be "
+                f"{kind.__name__} of {num_dimensions}"
+            )
+
+
 def _count(path: Path, fields: dict[str, Array], name: str) -> int:
     if fields[name].shape != () or not np.issubdtype(fields[name].dtype, np.integer):
         raise TraceError(f"{path}: {name} must be one integer")
@@ -114,8 +139,6 @@ def _check(path: Path, trace: Trace) -> None:
             f"{path}: ids are {list(trace.ids.shape)} and weights {list(trace.weights.shape)}; "
             f"both must be [tokens, {len(trace.layer_ids)} layers, top_k {trace.top_k}]"
         )
-    if not np.issubdtype(trace.ids.dtype, np.integer):
-        raise TraceError(f"{path}: ids are {trace.ids.dtype}; they must be integers")
     if (
         trace.num_tokens
         and not 0 <= int(trace.ids.min()) <= int(trace.ids.max()) < trace.num_experts
@@ -158,6 +181,10 @@ def write_trace(path: Path, trace: Trace) -> None:
     if trace.model_id is not None:
         fields["model_id"] = np.str_(trace.model_id)
     part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **fields)
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            np.savez_compressed(file, **fields)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

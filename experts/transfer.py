@@ -15,7 +15,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moe_serve.errors import MoeServeError
 from moe_serve.experts.store import ExpertStore
 
 CHUNK_BYTES = 2**19
@@ -34,6 +33,10 @@ class Source(Protocol):
 
     def verify(self, layer: int, expert: int, record: Tensor) -> None:
         """Raise StoreError unless `record` is whole and that of this expert."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it reads from; nobody reads any more."""
         ...
 
 
@@ -133,6 +136,7 @@ class TransferQueue:
             if transfer is None:
                 return  # it has ended just now
             transfer.is_urgent = True
+            transfer.is_given_up = False
             if transfer in self._guesses:
                 self._guesses.remove(transfer)
                 self._urgent.append(transfer)
@@ -164,11 +168,15 @@ class TransferQueue:
     def close(self) -> None:
         with self._lock:
             self._is_closing = True
+            for transfer in (*self._urgent, *self._guesses):
+                transfer.is_given_up = True
+                self._end(transfer)
             self._urgent.clear()
             self._guesses.clear()
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
+        self._source.close()
 
     def _add(self, transfer: Transfer, queue: deque[Transfer]) -> None:
         key = (transfer.layer, transfer.expert)
@@ -205,9 +213,9 @@ class TransferQueue:
     def _move(self, transfer: Transfer) -> bool:
         """Read on; return whether it has ended, and not only given way."""
         layer, expert = transfer.layer, transfer.expert
-        size = self._source.record_bytes(layer)
-        record = self.records[transfer.slot, :size]
         try:
+            size = self._source.record_bytes(layer)
+            record = self.records[transfer.slot, :size]
             while transfer.at < size:
                 if transfer.is_given_up or self._is_closing:
                     return True
@@ -217,7 +225,7 @@ class TransferQueue:
                 self._source.read_chunk(layer, expert, record, transfer.at, end)
                 transfer.at = end
             self._source.verify(layer, expert, record)
-        except (OSError, MoeServeError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever it is, it belongs to the step that waits
             transfer.error = error
         return True
 
@@ -237,6 +245,9 @@ class StoreSource:
 
     def verify(self, layer: int, expert: int, record: Tensor) -> None:
         self.store.verify(self._model_layers[layer], expert, record)
+
+    def close(self) -> None:
+        self.store.close()
 
 
 class EmulatedLink:
@@ -268,3 +279,6 @@ class EmulatedLink:
 
     def verify(self, layer: int, expert: int, record: Tensor) -> None:
         """Memory that was verified when it was filled is trusted."""
+
+    def close(self) -> None:
+        """Memory goes when nobody holds it."""

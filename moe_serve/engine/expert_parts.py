@@ -52,7 +52,7 @@ from moe_serve.models.dummy import dummy_hash, dummy_weights, fill_dummy_rows
 from moe_serve.models.expert_packing import FillExperts, open_or_pack, store_layout
 from moe_serve.models.expert_weights import ExpertWeights, moe_layers, names_without_experts
 from moe_serve.models.spec import ModelSpec
-from moe_serve.predictors.base import Array, Gates, PredictorShape
+from moe_serve.predictors.base import Array, Gates, Predictor, PredictorShape
 
 logger = logging.getLogger(__name__)
 
@@ -118,21 +118,27 @@ class ExpertParts:
             0 if self._config.experts.expert_cache_scope == "global" else None,
             self._residency.slot_bytes,
         )
+        build_predictor = self._predictor(cache)
+        recorder = self._recorder()
         link = self._config.experts.emulate_link
         others, tier = self._on_disk(cache) if link is None else self._behind_link(cache, link)
-        experts = OffloadedExperts(
-            self._kernels.moe,
-            self._tables(cache, tier.memory.records),
-            cache,
-            tier.queue,
-            tier.memory,
-            tier.host,
-            self._prefetcher(cache, tier, self._gates(others)),
-            self._recorder(),
-            keeper,
-        )
-        if keeper is not None:
-            experts.preload(keeper.before.hottest())
+        try:
+            experts = OffloadedExperts(
+                self._kernels.moe,
+                self._tables(cache, tier.memory.records),
+                cache,
+                tier.queue,
+                tier.memory,
+                tier.host,
+                self._prefetcher(cache, tier, build_predictor, self._gates(others)),
+                recorder,
+                keeper,
+            )
+            if keeper is not None:
+                experts.preload(keeper.before.hottest())
+        except BaseException:
+            tier.queue.close()
+            raise
         return others, experts
 
     # -- the three ways ----------------------------------------------------------------------------
@@ -179,24 +185,38 @@ class ExpertParts:
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def _prefetcher(self, cache: ExpertCache, tier: _Tier, gates: Gates) -> Prefetcher | None:
-        options = self._config.experts
-        if options.prefetch == "off":
-            return None
+    def _predictor(self, cache: ExpertCache) -> Callable[[Gates], Predictor]:
+        """Return what makes the predictor, once its name and its file were found to be right."""
+        module = plugin.load("moe_serve.predictors", self._config.experts.predictor)
+        state = self._predictor_state()
         shape = PredictorShape(
             num_layers=cache.shape.num_layers,
             num_experts=cache.shape.num_experts,
             top_k=cache.top_k,
         )
-        predictor = plugin.load("moe_serve.predictors", options.predictor).build(
-            shape, self._predictor_state(), gates
-        )
+
+        def build(gates: Gates) -> Predictor:
+            predictor: Predictor = module.build(shape, state, gates)
+            return predictor
+
+        return build
+
+    def _prefetcher(
+        self,
+        cache: ExpertCache,
+        tier: _Tier,
+        build_predictor: Callable[[Gates], Predictor],
+        gates: Gates,
+    ) -> Prefetcher | None:
+        if self._config.experts.prefetch == "off":
+            return None
+        predictor = build_predictor(gates)
         scratch = tier.memory.records[0]
         load_s = _median_s(lambda index: self._load(tier.source, scratch, index, None))
         chunk_s = _median_s(lambda index: self._load(tier.source, scratch, index, CHUNK_BYTES))
         link = LinkTimes(load_s=load_s, chunk_s=min(chunk_s, load_s))
         calibration = Calibration(MAX_DISTANCE)
-        kind = options.prefetch
+        kind = self._config.experts.prefetch
         return Prefetcher(predictor, cache, tier.queue, calibration, link, kind)
 
     def _load(self, source: Source, scratch: Tensor, index: int, num_bytes: int | None) -> None:

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from moe_serve.config import EngineConfig, ExpertsConfig
-from moe_serve.engine.memory import GIB, kv_room_bytes, table_bytes, text_of
+from moe_serve.engine.memory import (
+    GIB,
+    kv_room_bytes,
+    num_kv_blocks,
+    table_bytes,
+    text_of,
+)
 from moe_serve.errors import CapacityError, ConfigError
 from moe_serve.experts.cache import check_capacity
 from moe_serve.experts.policies.base import CacheShape
@@ -47,7 +53,8 @@ def plan_residency(
 ) -> Residency:
     """Settle how many experts of each layer are held, by the options or by what memory there is.
 
-    Raises CapacityError where it would be fewer than a token uses, naming the least that is enough.
+    Raises CapacityError where it would be fewer than a token uses, naming the least that is enough,
+    or where not even with those the keys and values fit.
     """
     options = config.experts
     layers = moe_layers(spec)
@@ -78,6 +85,8 @@ def plan_residency(
             logger.info("all %d experts of each layer are held: the budget allows it", num_experts)
         return Residency(None, slot_bytes, all_bytes, top_k)
     shape = _shape(options, len(layers), num_experts, min(slots, len(layers) * num_experts))
+    least_bytes = other_bytes + top_k * len(layers) * slot_bytes
+    num_kv_blocks(config, spec, dtype, max_model_len, available, least_bytes)
     _check(shape, top_k, slot_bytes, available, options)
     held = other_bytes + shape.total_slots * slot_bytes
     if options.emulate_link is not None:
