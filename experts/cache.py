@@ -30,7 +30,8 @@ class Counters:
     misses: experts that an event used and that were not resident when it began. fetched: records
     that arrived, for events and for guesses; bytes: what they, and those given up half-way, took.
     computed_on_cpu: misses that were served where they lay, without being brought in. Of what was
-    brought in on a guess: useful was resident before its event, late was on its way, wasted left without having been used.
+    brought in on a guess: useful was resident before its event, late was on its way, wasted left
+    without having been used.
     """
 
     FIELDS = ("hits", "misses", "fetched", "computed_on_cpu", "bytes", "useful", "late", "wasted")
@@ -169,8 +170,9 @@ class ExpertCache:
         slots, the rest streams through those that hold nothing to keep: a wave is loaded while the
         one before it runs, and the experts that stay come last.
         """
-        last = event.hits
-        ready = event.arriving
+        last, ready = event.hits, event.arriving
+        if not last and not event.misses:
+            last, ready = ready, []
         while last or ready or event.misses:
             limit = len(event.misses)
             if event.is_streamed:
@@ -271,9 +273,11 @@ class ExpertCache:
         """Reserve a slot for an expert that may be needed, and return it, or None.
 
         Takes a free slot, or that of an expert of `layer` which is neither in `keep` nor pinned.
-        None as well where the expert is resident or on its way.
+        None as well where the expert is resident or on its way, and for the layer that is being
+        served: there a guess comes too late.
         """
-        if self._slot[layer][expert] != ABSENT:
+        is_served = self._event is not None and self._event.layer == layer
+        if is_served or self._slot[layer][expert] != ABSENT:
             return None
         slots = self._make_room(layer, 1, keep, own_only=True)
         if not slots:
@@ -426,8 +430,6 @@ class ExpertCache:
         missing = wanted - len(slots)
         if missing <= 0:
             return slots
-        if self._event is not None and layer == self._event.layer and own_only:
-            return slots  # a guess for the layer that is being served comes too late
         if quota is None and not own_only:
             return slots + self._take_shared(layer, missing, pinned)
         candidates = [expert for expert in self._residents[layer] if expert not in pinned]
@@ -502,8 +504,9 @@ class ExpertCache:
                 self._guessed.remove((layer, expert))
                 self.counters.useful[layer] += 1
         for expert in arriving:
-            self._guessed.discard((layer, expert))
-        self.counters.late[layer] += len(arriving)
+            if (layer, expert) in self._guessed:  # and not brought in to warm the start
+                self._guessed.remove((layer, expert))
+                self.counters.late[layer] += 1
 
 
 def check_capacity(shape: CacheShape, top_k: int) -> None:

@@ -9,24 +9,43 @@ error or cannot be written, or a fault of ours), 2 (usage, request), 3 (model), 
 from __future__ import annotations
 
 import errno
-import inspect
-import io
-import json
 import logging
-import os
 import sys
 import traceback
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
     import typer
 
-    from moe_serve import plugin
-    from moe_serve.config import EngineConfig, OptionField, option_fields, resolve_options
+    from moe_serve import study_verbs  # noqa: F401 - adds its verbs
     from moe_serve.errors import CheckpointError, ConfigError, MoeServeError, RequestError
     from moe_serve.openmp import wait_shortly
+    from moe_serve.verbs import (
+        PROGRAM,
+        AsJson,
+        Debug,
+        Limit,
+        PromptFile,
+        Prompts,
+        PromptSource,
+        TemplateFile,
+        UsageFault,
+        app,
+        bench,
+        close_run,
+        config_of,
+        drop_stdout,
+        load,
+        not_utf8,
+        note,
+        note_lines,
+        print_json,
+        printable,
+        utf8_stdin,
+        verb_of,
+    )
 except KeyboardInterrupt:  # before there is a command whose `run` could be quiet about it
     raise SystemExit(130) from None
 
@@ -34,65 +53,8 @@ if TYPE_CHECKING:
     from moe_serve.llm import LLM
     from moe_serve.types import RequestOutput, SamplingParams
 
-PROGRAM = "moe-serve"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-DEFAULT_MAX_TOKENS = 128
-EXAMPLE = f'{PROGRAM} generate "Once upon a time, there was a little girl named Lily."'
-
-# flag, type, help; what is not given is the model's own generation_config, or the neutral value
-SAMPLING_FLAGS: tuple[tuple[str, Any, str], ...] = (
-    ("max_tokens", int, f"Most tokens of an output. [default: {DEFAULT_MAX_TOKENS}]"),
-    ("min_tokens", int, "No end before so many tokens. [default: 0]"),
-    ("temperature", float, "0 is greedy. [default: the model's, or 1]"),
-    (
-        "top_p",
-        float,
-        "How much probability the tokens to choose from have together. "
-        "[default: the model's, or 1]",
-    ),
-    ("top_k", int, "How many tokens to choose from; 0: all. [default: the model's, or 0]"),
-    (
-        "min_p",
-        float,
-        "Least probability of a token, as a share of the best one's. [default: the model's, or 0]",
-    ),
-    ("n", int, "Outputs of each prompt. [default: 1]"),
-    (
-        "repetition_penalty",
-        float,
-        "Above 1: what was there becomes less likely. [default: the model's, or 1]",
-    ),
-    ("presence_penalty", float, "Taken from the logits of what was there. [default: 0]"),
-    ("frequency_penalty", float, "The same, for each time it was there. [default: 0]"),
-    ("stop", list[str], "A text that ends an output; may be given again. [default: none]"),
-    ("ignore_eos", bool, "Go on after the end token. [default: no]"),
-    (
-        "logprobs",
-        int,
-        "With --json: [id, logprob] of each token that was chosen. The number, 0 to 20, is how "
-        "many of the best are kept too, which only Python's API shows. [default: none]",
-    ),
-)
 NOT_OF_CHAT = frozenset({"n", "logprobs"})
-# the engine's options that say what computes
-RUNTIME_FLAGS = ("kernels", "isa", "threads", "config")
-
-# of click, or of the copy inside typer
-_UsageFault: type[Exception] = next(
-    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
-)
-
-app = typer.Typer(
-    name=PROGRAM,
-    help="Run mixture-of-experts language models. With no --model, a small one is at hand.",
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-bench = typer.Typer(help="Measure how fast a model runs here.", rich_markup_mode=None)
-app.add_typer(bench, name="bench")
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 
 def _print_version(is_asked: bool) -> None:
@@ -114,95 +76,7 @@ def _root(debug: Debug = False, version: Version = False) -> None:
     """`main` looks for --debug itself, so that it may stand before or after the verb."""
 
 
-def _engine_parameter(leaf: OptionField) -> inspect.Parameter:
-    flag = f"--{leaf.name.replace('_', '-')}"
-    if leaf.kind is bool:
-        flag = f"{flag}/--no-{flag[2:]}"
-    known = f" One of {', '.join(plugin.names(leaf.package))}." if leaf.package else ""
-    default = "" if leaf.default is None else f" [default: {leaf.default}]"
-    return _option(leaf.name, leaf.kind, flag, leaf.help + known + default)
-
-
-def _option(name: str, kind: Any, flag: str, text: str) -> inspect.Parameter:
-    """Return a parameter that is None when its flag is not given."""
-    option = typer.Option(flag, help=text, show_default=False)
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, option],
-    )
-
-
-def _engine_parameters() -> Iterator[inspect.Parameter]:
-    for leaf in option_fields():
-        yield _engine_parameter(leaf)
-    yield _option("config", Path, "--config", "A TOML file of these options.")
-
-
-def _sampling_parameters(without: Container[str]) -> Iterator[inspect.Parameter]:
-    for name, kind, text in SAMPLING_FLAGS:
-        if name not in without:
-            yield _option(name, kind, f"--{name.replace('_', '-')}", text)
-
-
-def _verb(
-    group: typer.Typer, without: Container[str] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a verb; its parameters `engine`, `runtime`, `sampling` stand for all flags of their kind.
-
-    without: sampling flags that the verb has no use for.
-    """
-
-    def add(function: Callable[..., None]) -> Callable[..., None]:
-        generated = {
-            "engine": list(_engine_parameters()),
-            "runtime": [p for p in _engine_parameters() if p.name in RUNTIME_FLAGS],
-            "sampling": list(_sampling_parameters(without)),
-        }
-        own = inspect.signature(function, eval_str=True).parameters
-        parameters: list[inspect.Parameter] = []
-        for name, parameter in own.items():
-            parameters.extend(generated.get(name, [parameter]))
-        parameters.append(
-            inspect.Parameter(
-                "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
-            )
-        )
-
-        def verb(**given: Any) -> None:
-            del given["debug"]
-            for name in generated.keys() & own.keys():
-                flags = {p.name: given.pop(p.name) for p in generated[name]}
-                given[name] = {key: value for key, value in flags.items() if value is not None}
-            try:
-                function(**given)
-            except BrokenPipeError:
-                raise typer.Exit(_drop_stdout()) from None
-
-        verb.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-        )
-        verb.__annotations__ = {p.name: p.annotation for p in parameters}
-        verb.__doc__ = function.__doc__
-        group.command(function.__name__)(verb)
-        return function
-
-    return add
-
-
-Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", show_default=False)]
-PromptFile = Annotated[
-    Path | None, typer.Option("--prompts", help="JSON lines: prompt, prompt_token_ids or messages.")
-]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many lines.")]
-TemplateFile = Annotated[
-    Path | None, typer.Option("--chat-template", help="A jinja file instead of the model's own.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
-@_verb(app)
+@verb_of(app)
 def generate(
     prompt: Prompts = None,
     prompts: PromptFile = None,
@@ -214,39 +88,22 @@ def generate(
     engine: dict[str, Any],
 ) -> None:
     """Continue prompts: those named, those in a file, or what comes on stdin."""
-    from moe_serve.text.prompt_file import prompt_of, read_prompt_file  # imports torch
-
-    if prompts is None:
-        if limit is not None:
-            raise ConfigError("--limit is for --prompts; without a file it has no effect")
-        entries: list[dict[str, Any]] = [{"prompt": text} for text in prompt or _stdin_prompt()]
-        places = [f"prompt {index}" for index in range(len(entries))]
-    elif prompt:
-        raise ConfigError("prompts are named and --prompts gives a file of them; use one of both")
-    else:
-        lines = read_prompt_file(prompts, limit)
-        entries, places = [line.entry for line in lines], [line.where for line in lines]
-    llm, params = _load(engine, sampling, chat_template)
-    if not llm.has_chat_template and any("messages" in entry for entry in entries):
+    given = PromptSource.read(prompt, prompts, limit)
+    llm, params = load(engine, sampling, chat_template)
+    if not llm.has_chat_template and given.has_messages:
         _note_no_template(llm)
     if "logprobs" in sampling and not as_json:
-        _note("--logprobs shows nothing without --json")
-    listed = []
-    for place, entry in zip(places, entries, strict=True):
-        try:
-            listed.append(prompt_of(entry, llm.requests))
-        except RequestError as error:
-            raise type(error)(f"{place}: {error}") from error
-    if len(entries) == 1 and params.n == 1 and not as_json:
+        note("--logprobs shows nothing without --json")
+    listed = given.prompts(llm)
+    if len(listed) == 1 and params.n == 1 and not as_json:
         outputs = [_print_stream(llm, listed[0], params)]
     else:
-        priorities = [entry.get("priority", 0) for entry in entries]
-        outputs = llm.generate(listed, params, priority=priorities)
-        _print_json(_json_report(llm, outputs)) if as_json else _print_texts(outputs)
-    _close(llm, outputs)
+        outputs = llm.generate(listed, params, priority=given.priorities)
+        print_json(_json_report(llm, outputs)) if as_json else _print_texts(outputs)
+    close_run(llm, outputs)
 
 
-@_verb(app, without=NOT_OF_CHAT)
+@verb_of(app, without=NOT_OF_CHAT)
 def chat(
     chat_template: TemplateFile = None, *, sampling: dict[str, Any], engine: dict[str, Any]
 ) -> None:
@@ -256,7 +113,7 @@ def chat(
     """
     if sys.stdin is None:
         raise ConfigError("stdin is closed; chat reads its messages there")
-    llm, params = _load(engine, sampling, chat_template)
+    llm, params = load(engine, sampling, chat_template)
     if not llm.has_chat_template:
         _note_no_template(llm)
     history: list[dict[str, str]] = []
@@ -267,14 +124,14 @@ def chat(
         if line == "/reset":
             history.clear()
         elif line.startswith("/"):
-            _note(f"no command {line.split()[0]!r} (there are: /reset, /exit)")
+            note(f"no command {line.split()[0]!r} (there are: /reset, /exit)")
         elif line.strip():
             num_failed += not _answer(llm, params, history, line)
     if num_failed and not sys.stdin.isatty():
         raise typer.Exit(1)
 
 
-@_verb(app)
+@verb_of(app)
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl")],
@@ -289,23 +146,23 @@ def batch(
     """
     from moe_serve.batch import finished_report, run_batch  # imports torch
 
-    report = finished_report(_config(engine), source, target)  # before the model is read
+    report = finished_report(config_of(engine), source, target)  # before the model is read
     if report is not None:
-        _note(
+        note(
             f"{target} was complete: {report.num_lines} answers, {report.num_failed} of them to "
             "lines that failed"
         )
         return
-    llm, _ = _load(engine, {}, chat_template)
+    llm, _ = load(engine, {}, chat_template)
     report = run_batch(llm, source, target)
-    _note(
+    note(
         f"{report.num_lines} answers in {target}: {report.num_resumed} were there before, "
         f"{report.num_failed} are to lines that failed"
     )
-    _close(llm, [])
+    close_run(llm, [])
 
 
-@_verb(bench)
+@verb_of(bench)
 def latency(
     input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
     output_len: Annotated[int, typer.Option(help="Tokens of each output.")] = 128,
@@ -318,7 +175,7 @@ def latency(
     """How long one batch of random prompts takes."""
     from moe_serve.bench import bench_latency  # imports torch
 
-    llm, _ = _load(engine, {}, None)
+    llm, _ = load(engine, {}, None)
     rows = bench_latency(
         llm,
         input_len=input_len,
@@ -329,7 +186,7 @@ def latency(
     _print_bench(llm, rows, as_json)
 
 
-@_verb(bench)
+@verb_of(bench)
 def throughput(
     input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
     output_len: Annotated[int, typer.Option(help="Tokens of each output.")] = 64,
@@ -342,7 +199,7 @@ def throughput(
     """How many random prompts are served a second."""
     from moe_serve.bench import bench_throughput  # imports torch
 
-    llm, _ = _load(engine, {}, None)
+    llm, _ = load(engine, {}, None)
     rows = bench_throughput(
         llm,
         input_len=input_len,
@@ -353,60 +210,17 @@ def throughput(
     _print_bench(llm, rows, as_json)
 
 
-@_verb(app)
+@verb_of(app)
 def doctor(as_json: AsJson = False, *, runtime: dict[str, Any]) -> None:
     """Say which kernels run here and why, and how fast memory is."""
     from moe_serve.doctor import examine, lines_of  # imports torch
 
-    report = examine(_config(runtime).runtime)
+    report = examine(config_of(runtime).runtime)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         for line in lines_of(report):
             print(printable(line))
-
-
-def _load(
-    engine: Mapping[str, Any], sampling: Mapping[str, Any], chat_template: Path | None
-) -> tuple[LLM, SamplingParams]:
-    """Return the model and what its outputs shall be, with all flags checked before it is read."""
-    import dataclasses
-
-    from moe_serve.llm import LLM  # imports torch
-    from moe_serve.types import SamplingParams
-
-    given = {"max_tokens": DEFAULT_MAX_TOKENS, **sampling}
-    SamplingParams.from_mapping(given)
-    llm = LLM(config=_config(engine), chat_template=chat_template)
-    return llm, dataclasses.replace(llm.default_sampling_params(), **given)
-
-
-def _config(engine: Mapping[str, Any]) -> EngineConfig:
-    flags = dict(engine)
-    return EngineConfig.from_options(resolve_options(flags, file=flags.pop("config", None)))
-
-
-def _stdin_prompt() -> list[str]:
-    if sys.stdin is None or sys.stdin.isatty():
-        raise ConfigError(f"no prompt. Try: {EXAMPLE}")
-    try:
-        text = _utf8_stdin().read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(error) from error
-    if not text:
-        raise ConfigError(f"no prompt, and nothing on stdin. Try: {EXAMPLE}")
-    return [text]
-
-
-def _utf8_stdin() -> TextIO:
-    """Return stdin, strict whatever the locale says."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    return sys.stdin
-
-
-def _not_utf8(error: UnicodeDecodeError) -> RequestError:
-    return RequestError(f"stdin is not UTF-8: byte 0x{error.object[error.start]:02x}; convert it")
 
 
 def _print_stream(llm: LLM, prompt: Any, params: SamplingParams) -> RequestOutput:
@@ -461,51 +275,25 @@ def _json_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     }
 
 
-def _print_json(report: dict[str, Any]) -> None:
-    print(json.dumps(report), flush=True)
-
-
 def _print_bench(llm: LLM, rows: Sequence[Any], as_json: bool) -> None:
     from moe_serve.bench import bench_report
 
     if as_json:
-        _print_json(bench_report(llm, f"{PROGRAM} {' '.join(sys.argv[1:])}", rows))
+        print_json(bench_report(llm, f"{PROGRAM} {' '.join(sys.argv[1:])}", rows))
     else:
         for row in rows:
             print(row.line())
-    _close(llm, [])
-
-
-def _close(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
-    """End a run with its figures, and with exit code 1 if an output failed."""
-    failed = [
-        f"prompt {index}: {completion.error}"
-        for index, output in enumerate(outputs)
-        for completion in output.outputs
-        if completion.finish_reason == "error"
-    ]
-    for why in failed:
-        _note(f"error: {why}")
-    if llm.last_run is not None:
-        _note(llm.last_run.line(), program="")
-    experts = llm.engine.stats().experts
-    if experts:
-        from moe_serve.text.run_metrics import experts_line  # imports torch
-
-        _note(experts_line(experts), program="")
-    llm.close()
-    if failed:
-        raise typer.Exit(1)
+    close_run(llm, [])
 
 
 def _chat_lines() -> Iterator[str]:
     """Yield what the user types, or the lines of stdin when nobody types."""
     if not sys.stdin.isatty():
         try:
-            for line in _utf8_stdin():
+            for line in utf8_stdin():
                 yield line.rstrip("\n")
         except UnicodeDecodeError as error:
-            raise _not_utf8(error) from error
+            raise not_utf8(error) from error
         return
     import readline  # noqa: F401  # its import gives input() a history and the arrow keys
 
@@ -530,7 +318,7 @@ def _answer(llm: LLM, params: SamplingParams, history: list[dict[str, str]], lin
             prompt = "\n".join(message["content"] for message in messages)
         answer = _print_stream(llm, prompt, params).outputs[0]
     except RequestError as error:
-        _note(f"error: {error} (/reset begins anew)")
+        note(f"error: {error} (/reset begins anew)")
         return False
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
@@ -538,39 +326,15 @@ def _answer(llm: LLM, params: SamplingParams, history: list[dict[str, str]], lin
         print()  # the answer ends here, the conversation goes on
         return True
     if answer.finish_reason == "error":
-        _note(f"error: {answer.error} (the conversation is as it was before)")
+        note(f"error: {answer.error} (the conversation is as it was before)")
         return False
     history[:] = [*messages, {"role": "assistant", "content": answer.text}]
-    _close(llm, [])
+    close_run(llm, [])
     return True
 
 
 def _note_no_template(llm: LLM) -> None:
-    _note(f"{llm.model} has no chat template: it continues the text (see --chat-template)")
-
-
-def _note(text: str, program: str = f"{PROGRAM}: ") -> None:
-    if sys.stderr is None:  # closed at the start; print would take stdout
-        return
-    print(f"{program}{printable(text)}", file=sys.stderr, flush=True)
-
-
-def _note_lines(text: str) -> None:
-    """Print a text of several lines, each of them made printable."""
-    first, *others = text.split("\n")
-    _note(first)
-    for line in others:
-        _note(line, program="")
-
-
-def printable(text: str) -> str:
-    """Return `text` on one line, with what could command a terminal made visible."""
-    return "".join(
-        character
-        if character.isprintable()
-        else character.encode("unicode_escape", "backslashreplace").decode()
-        for character in text
-    )
+    note(f"{llm.model} has no chat template: it continues the text (see --chat-template)")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -580,7 +344,7 @@ def run(arguments: Sequence[str]) -> int:
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     is_debug = "--debug" in flags
     if sys.stdout is None:
-        _note("error: stdout is closed; send it to a file, or to /dev/null")
+        note("error: stdout is closed; send it to a file, or to /dev/null")
         return 2
     try:
         code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
@@ -589,36 +353,30 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
-        return _drop_stdout()
+        return drop_stdout()
     except Exception as error:
         if is_debug:
             traceback.print_exc()
         if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
             # what is written by name names itself: the output of a batch does
-            _note(f"error: stdout cannot be written: {error.strerror}")
-            _drop_stdout()
+            note(f"error: stdout cannot be written: {error.strerror}")
+            drop_stdout()
             return 1
         return _report(error, is_debug)
-
-
-def _drop_stdout() -> int:
-    """Let what nobody reads vanish, or Python would complain at its end; return the exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
 
 
 def _report(error: Exception, is_debug: bool) -> int:
     if isinstance(error, MoeServeError):
         message, code = str(error), error.exit_code
-    elif isinstance(error, _UsageFault):
+    elif isinstance(error, UsageFault):
         message, code = error.format_message(), 2  # type: ignore[attr-defined]
     else:
         message, code = f"a fault in {PROGRAM}: {type(error).__name__}: {error}", 1
         message += "" if is_debug else " (--debug shows where)"
     if isinstance(error, CheckpointError):  # may list several problems, one a line
-        _note_lines(f"error: {message}")
+        note_lines(f"error: {message}")
     else:
-        _note(f"error: {message}")
+        note(f"error: {message}")
     return code
 
 

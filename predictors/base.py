@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+
+from moe_serve.errors import TraceError
 
 Array = np.ndarray[Any, Any]
 Need = Literal["token_ids", "hidden", "gates"]
@@ -21,6 +23,24 @@ class PredictorShape:
     num_layers: int
     num_experts: int
     top_k: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gates:
+    """A model's routers, as far as a guess needs them: one entry per MoE layer.
+
+    router_weights: float32 [num_experts, hidden_size] each. norm_weights: float32 [hidden_size]
+    each, of the RMS norm before the router; norm_eps: its epsilon. score: what the router makes of
+    its logits, "softmax" or "sigmoid". router_biases: float32 [num_experts] each, added to the
+    logits; selection_biases: alike, added to the scores for the choice alone; or None.
+    """
+
+    router_weights: Sequence[Array]
+    norm_weights: Sequence[Array]
+    norm_eps: float
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    router_biases: Sequence[Array] | None = None
+    selection_biases: Sequence[Array] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +68,11 @@ class Observation:
 class Predictor(ABC):
     """Guesses from what was observed; learns while it runs; sees no future.
 
-    needs: which optional fields of an observation it cannot do without ("gates": it is built with
-    the model's routers). What it holds is bounded: sequences end without notice, so that state per
-    sequence must be dropped by age.
+    Every file of this folder has `build(shape, state, gates)`: a state is what an earlier run
+    learned, and only a start that counts less than what is seen now; TraceError where its shape is
+    another. needs: which optional fields of an observation it cannot do without ("gates": it is
+    built with the model's routers). What it holds is bounded: sequences end without notice, so that
+    state per sequence must be dropped by age.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -70,3 +92,39 @@ class Predictor(ABC):
     def state(self) -> dict[str, Array]:
         """Return what a later run may start from, as arrays that safetensors can hold."""
         return {}
+
+
+def union(probabilities: Array) -> Array:
+    """Return float32 [num_experts] that any of the sequences uses an expert, as if independent.
+
+    probabilities: float32 [num_sequences, num_experts].
+    """
+    any_of: Array = probabilities[0]
+    if len(probabilities) > 1:
+        any_of = 1 - np.multiply.reduce(1 - probabilities, axis=0)
+    return any_of
+
+
+def start_of(state: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Array:
+    """Return an array of a trained state as float32.
+
+    Raises TraceError where it is missing, of another shape, or not finite.
+    """
+    if name not in state:
+        raise TraceError(f"the predictor's file has no {name}: train one for this predictor")
+    array = state[name]
+    if array.shape != shape:
+        raise TraceError(
+            f"{name} in the predictor's file is {list(array.shape)}, but this model needs "
+            f"{list(shape)}: train one for this model"
+        )
+    if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
+        raise TraceError(f"{name} in the predictor's file has values that are no finite numbers")
+    return array.astype(np.float32)
+
+
+def given(values: Array | None, need: Need, predictor: str) -> Array:
+    """Return an optional field of an observation, or raise TraceError that names it."""
+    if values is None:
+        raise TraceError(f"{predictor} needs {need}, which this trace or model does not give")
+    return values

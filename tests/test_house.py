@@ -33,6 +33,8 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "moe_serve/
 ENTRY_POINTS = {
     "moe_serve.engine.policies": "build",
     "moe_serve.comm": "build",
+    "moe_serve.experts.policies": "build",
+    "moe_serve.predictors": "build",
     "benchmarks.peers.systems": "build",
 }
 KERNELS = [

@@ -15,7 +15,7 @@ from moe_serve.errors import ConfigError
 from moe_serve.experts.policies.base import CacheShape, EvictionPolicy
 
 Array = np.ndarray[Any, Any]
-NEVER = 2**62
+NEVER = 2**40  # steps
 
 
 def future(ids: Array, step_of_token: Array, num_experts: int) -> dict[str, Array]:

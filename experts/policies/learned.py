@@ -59,6 +59,8 @@ class Learned(EvictionPolicy):
         self._outer_steps = 0.0
         self._num_steps = 0
         self._scores = np.zeros((num_layers, num_experts), np.float32)
+        self._row_layer = -1
+        self._row_scores: Array = self._scores[0]  # of that layer, as of the latest event
         # the step in progress
         self._step = -1
         self._unions: list[Sequence[int]] = [()] * num_layers
@@ -71,6 +73,7 @@ class Learned(EvictionPolicy):
                 self._end_step()
             self._step = step
         self._unions[layer] = expert_ids
+        self._row_layer = -1
         self._layers += [layer] * len(expert_ids)
         self._experts += expert_ids
 
@@ -79,21 +82,23 @@ class Learned(EvictionPolicy):
         return scores
 
     def victims(self, layer: int, candidates: Sequence[int], count: int) -> list[int]:
-        scores = self._row(layer)[candidates]
+        scores = self._row(layer)[list(candidates)]
         if count == 1:
             return [candidates[int(scores.argmin())]]
         return [candidates[index] for index in scores.argsort(kind="stable")[:count].tolist()]
 
     def _row(self, layer: int) -> Array:
         """Return the layer's scores with what this step used there, float32 [num_experts]."""
+        if layer == self._row_layer:
+            return self._row_scores
         union = self._unions[layer]
         row: Array = self._scores[layer].copy()
-        if not union:
-            return row
-        if self._regression is not None:
-            added = self._regression.contribution[layer].take(union, axis=0).sum(axis=0)
-            row += self._weights[_REGRESSION] * added
-        row[union] += self._use_bonus
+        if union:
+            if self._regression is not None:
+                added = self._regression.contribution[layer].take(union, axis=0).sum(axis=0)
+                row += self._weights[_REGRESSION] * added
+            row[union] += self._use_bonus
+        self._row_layer, self._row_scores = layer, row
         return row
 
     @property
