@@ -22,6 +22,8 @@ Array = np.ndarray[Any, Any]
 ABSENT = -1
 # slots through which what does not stay streams: one is loaded while the other is read
 _STREAM_SLOTS = 2
+# with so many tokens an event is a prompt's: its counts say more of what comes than what was before
+_MANY_TOKENS = 16
 
 
 class Counters:
@@ -109,6 +111,7 @@ class ExpertCache:
         self.shape = shape
         self.policy = policy
         self.top_k = top_k
+        self._many_uses = _MANY_TOKENS * top_k
         self.counters = Counters(shape.num_layers)
         self.slot_of_expert = np.full((shape.num_layers, shape.num_experts), ABSENT, np.int32)
         self._guaranteed = top_k if guaranteed is None else guaranteed
@@ -158,7 +161,7 @@ class ExpertCache:
         self._lowest[layer] = None
         pinned = set(expert_ids)
         event = Event(layer, expert_ids, hits, arriving, absent, pinned, pinned)
-        if absent and len(expert_ids) > self._most_at_once(layer):
+        if absent:
             self._plan_stream(event, counts)
         self._event = event
         return event
@@ -166,9 +169,9 @@ class ExpertCache:
     def waves(self, event: Event) -> Iterator[Wave]:
         """Yield the event's parts, each once the part before it was run.
 
-        What can be admitted at once is, while the hits run. Where the union is larger than the
-        slots, the rest streams through those that hold nothing to keep: a wave is loaded while the
-        one before it runs, and the experts that stay come last.
+        What can be admitted at once is, while the hits run. Where not all can stay, the rest
+        streams through slots that hold nothing to keep: a wave is loaded while the one before it
+        runs, and the experts that stay come last.
         """
         last, ready = event.hits, event.arriving
         if not last and not event.misses:
@@ -205,32 +208,48 @@ class ExpertCache:
         return self.shape.total_slots - others
 
     def _plan_stream(self, event: Event, counts: Sequence[int] | None) -> None:
-        """Choose which members stay, and put the misses that do not in front.
+        """Choose who stays where not all can, and put the misses that do not in front.
 
-        Those used most, and of equals what the policy would keep; but two slots are left to the
-        stream, which misses that stay take over at the end.
+        Of a union larger than the slots, those used most, and of equals what the policy would keep.
+        A policy that is selective chooses among the residents as well. Two slots are left to the
+        stream; misses that stay take them over at the end.
         """
-        scores = self.policy.scores(event.layer, event.expert_ids)
-        uses = counts if counts is not None else [1] * len(event.expert_ids)
+        layer = event.layer
+        num_slots = self._most_at_once(layer)
+        everyone: Sequence[int] = event.expert_ids
+        if self.policy.is_selective and self.shape.slots_per_layer is not None:
+            everyone = sorted({*everyone, *self._residents[layer]})
+        if len(everyone) <= num_slots:
+            return
+        scores = self.policy.scores(layer, everyone)
+        uses: dict[int, int] = {}
+        if counts is not None and (everyone is event.expert_ids or sum(counts) >= self._many_uses):
+            uses = dict(zip(event.expert_ids, counts, strict=True))
         worth = {
-            expert: (use, score, -expert)
-            for expert, use, score in zip(event.expert_ids, uses, scores, strict=True)
+            expert: (uses.get(expert, 0), score, -expert)
+            for expert, score in zip(everyone, scores, strict=True)
         }
-        order = sorted(event.expert_ids, key=worth.__getitem__)
-        num_slots = self._most_at_once(event.layer)
+        order = sorted(everyone, key=worth.__getitem__)
         kept = order[len(order) - num_slots :]
-        held = {*event.hits, *event.arriving}
+        event.keep = set(kept)
+        if event.keep.issuperset(event.expert_ids):
+            event.keep = event.pinned
+            return
+        held = {*self._residents[layer], *event.arriving}
         kept_held = [expert for expert in kept if expert in held]
         surplus = max(0, len(kept_held) - max(0, num_slots - _STREAM_SLOTS))
-        event.keep = set(kept) - set(kept_held[:surplus])
+        event.keep.difference_update(kept_held[:surplus])
+        event.pinned = event.pinned | event.keep
         rank = {expert: (expert in event.keep, place) for place, expert in enumerate(order)}
         event.misses.sort(key=rank.__getitem__)
         event.is_streamed = True
 
     def _stream_width(self, event: Event) -> int:
-        """Return how many loads a wave of a stream has: half of what is not kept from before."""
-        held = len(event.keep.intersection((*event.hits, *event.arriving)))
-        return max(1, (self._most_at_once(event.layer) - held) // 2)
+        """Return how many loads a wave of a stream has: all that find room, or half of the room."""
+        layer = event.layer
+        held = event.keep.intersection((*self._residents[layer], *event.arriving))
+        room = self._most_at_once(layer) - len(held)
+        return room if len(event.misses) <= room else max(1, room // 2)
 
     def computed(self, event: Event, experts: Iterable[int]) -> None:
         """Take misses off the event that are served where they lie, without a slot."""

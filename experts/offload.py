@@ -190,16 +190,14 @@ class OffloadedExperts:
         self._tell_hits(layer)
         self._next_layer = layer + 1
         self._collect(self.queue.ended())
-        if self.prefetcher is not None:
-            self.prefetcher.observe(layer, stopped)
         experts = np.flatnonzero(stopped.counts)
         event = self._begin(layer, experts, stopped.counts[experts])
         if event.misses or event.arriving:
             counts = dict(zip(event.expert_ids, stopped.counts[experts].tolist(), strict=True))
-            yield from self._bring_in(event, counts)
+            yield from self._bring_in(event, counts, stopped)
         else:
             if self.prefetcher is not None:
-                self.prefetcher.plan(layer)
+                self.prefetcher.look_ahead(layer, stopped)
             self.cache.end(event)
             yield None, True
 
@@ -292,12 +290,13 @@ class OffloadedExperts:
         assert self._notes is not None
         for layer in range(self._next_layer, until):
             ids = self._notes.ids[self._model_layers[layer]].numpy()
-            experts, counts = np.unique(ids, return_counts=True)
-            self.cache.end(self._begin(layer, experts, counts))
+            counts = np.bincount(ids.ravel(), minlength=self.cache.shape.num_experts)
+            experts = np.flatnonzero(counts)
+            self.cache.end(self._begin(layer, experts, counts[experts]))
         self._next_layer = until
 
     def _bring_in(
-        self, event: Event, counts: Mapping[int, int]
+        self, event: Event, counts: Mapping[int, int], stopped: Stopped
     ) -> Iterator[tuple[Tensor | None, bool]]:
         layer = event.layer
         for expert in event.arriving:
@@ -310,8 +309,8 @@ class OffloadedExperts:
             for number, wave in enumerate(self._waves(event, in_place)):
                 for expert, slot in wave.loads:
                     self.queue.demand(layer, expert, slot)
-                if self.prefetcher is not None and number == 0:
-                    self.prefetcher.plan(layer)
+                if self.prefetcher is not None and number == 0:  # while the loads are under way
+                    self.prefetcher.look_ahead(layer, stopped)
                 if not wave.run and not wave.loads:
                     self._wait(event)
                 for ready in self._as_they_arrive(event, wave.run):

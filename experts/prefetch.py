@@ -34,6 +34,7 @@ _MAY_BE_USED = 0.05
 # a guess is not worth its slot below this, whatever the link costs
 _LEAST_PRECISION = 0.6
 _STEPS_TO_JUDGE = 64
+_STEPS_TO_LEARN = 512
 _FIRST_PAUSE_STEPS = 256
 _MOST_PAUSE_STEPS = 16_384
 
@@ -67,6 +68,7 @@ class _Window:
     """Counts when the steps that are judged together began."""
 
     steps: int = 0
+    issued: int = 0
     useful: int = 0
     wasted: int = 0
     late: int = 0
@@ -110,7 +112,6 @@ class Prefetcher:
         self._forecasts: dict[int, list[_Forecast]] = {}
         self._sequences: list[int] = []
         self._batch: ForwardBatch | None = None
-        self._layer = START
         self._window = _Window()
         self._pause_until = 0
         self._pause_steps = _FIRST_PAUSE_STEPS
@@ -128,7 +129,6 @@ class Prefetcher:
             return
         start_s = time.perf_counter()
         self._batch = batch
-        self._layer = START
         self._forecasts.clear()
         sequence_ids = batch.sequence_ids.numpy()
         self._sequences = list(dict.fromkeys(sequence_ids.tolist()))
@@ -145,10 +145,13 @@ class Prefetcher:
         self.stats.predictor_s += time.perf_counter() - start_s
         self.plan(START)
 
-    def observe(self, layer: int, stopped: Stopped) -> None:
-        """Show an event to the predictor, and settle what was foretold of it."""
-        if not self.is_on or self._batch is None:
-            return
+    def look_ahead(self, layer: int, stopped: Stopped) -> None:
+        """Settle what was foretold of an event, show it to the predictor, and plan from there."""
+        if self.is_on and self._batch is not None:
+            self._observe(layer, stopped, self._batch)
+            self.plan(layer)
+
+    def _observe(self, layer: int, stopped: Stopped, batch: ForwardBatch) -> None:
         start_s = time.perf_counter()
         is_used = stopped.counts > 0
         for forecast in self._forecasts.pop(layer, ()):
@@ -162,12 +165,11 @@ class Prefetcher:
                 layer=layer,
                 expert_ids=stopped.expert_ids,
                 weights=stopped.weights,
-                sequence_ids=self._batch.sequence_ids.numpy(),
-                token_ids=self._batch.token_ids.numpy(),
+                sequence_ids=batch.sequence_ids.numpy(),
+                token_ids=batch.token_ids.numpy(),
                 hidden=hidden,
             )
         )
-        self._layer = layer
         self.stats.num_layers += 1
         self.stats.predictor_s += time.perf_counter() - start_s
 
@@ -237,6 +239,8 @@ class Prefetcher:
         self._window.steps += 1
         if self._kind != "auto" or self._window.steps < _STEPS_TO_JUDGE:
             return
+        if self.stats.issued == self._window.issued and self._window.steps < _STEPS_TO_LEARN:
+            return  # it still learns how often it is right
         total = self._cache.counters.total()
         useful = total["useful"] - self._window.useful
         late = total["late"] - self._window.late
@@ -262,5 +266,10 @@ class Prefetcher:
     def _begin_window(self) -> None:
         total = self._cache.counters.total()
         self._window = _Window(
-            0, total["useful"], total["wasted"], total["late"], self.stats.predictor_s
+            0,
+            self.stats.issued,
+            total["useful"],
+            total["wasted"],
+            total["late"],
+            self.stats.predictor_s,
         )

@@ -17,6 +17,7 @@ import torch
 
 from moe_serve.experts.records import RECORD_ALIGNMENT, RecordHeader
 from moe_serve.kernels.moe.base import HEADER_BYTES
+from moe_serve.kernels.native.crc32 import crc32
 
 MAGIC = b"MOESTORE"
 VERSION = 1
@@ -164,7 +165,7 @@ class StoreLayout:
 
 def record_crc(record: memoryview) -> int:
     """Return the crc32 of a record: of all behind its header of 64 bytes, padding included."""
-    return zlib.crc32(record[HEADER_BYTES:])
+    return crc32(record[HEADER_BYTES:])
 
 
 def store_path(folder: Path, name: str, layout: StoreLayout) -> Path:

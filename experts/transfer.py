@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_serve.experts.store import ExpertStore
 
-CHUNK_BYTES = 2**19
+CHUNK_BYTES = 2**20  # less is slower on disks (docs/log.md), more makes what is needed wait
 
 
 class Source(Protocol):

@@ -51,6 +51,10 @@ class Adaptive(EvictionPolicy):
             for index, shadow in enumerate(self._shadows[layer]):
                 self._misses[index] += shadow.serve(layer, expert_ids, self._slots)
 
+    @property
+    def is_selective(self) -> bool:
+        return self._followed.is_selective
+
     def scores(self, layer: int, expert_ids: Sequence[int]) -> Sequence[float]:
         return self._followed.scores(layer, expert_ids)
 
@@ -83,7 +87,12 @@ class _Shadow:
         """Serve an event after `touch`; return its misses."""
         residents = self._residents
         misses = [expert for expert in expert_ids if expert not in residents]
-        if misses and len(expert_ids) > slots:
+        if misses and self._policy.is_selective:
+            everyone = sorted(residents.union(expert_ids))
+            surplus = max(0, len(everyone) - slots)
+            going = self._policy.victims(layer, everyone, surplus) if surplus else []
+            self._residents = set(everyone).difference(going)
+        elif misses and len(expert_ids) > slots:
             going = self._policy.victims(layer, expert_ids, len(expert_ids) - slots)
             self._residents = set(expert_ids).difference(going)
         elif misses:

@@ -42,6 +42,14 @@ class EvictionPolicy(ABC):
     what is resident but through `candidates`.
     """
 
+    @property
+    def is_selective(self) -> bool:
+        """Whether its scores tell if a missing expert should stay in place of a resident one.
+
+        The cache then lets those that should not pass through, where it otherwise admits all.
+        """
+        return False
+
     @abstractmethod
     def touch(self, step: int, layer: int, expert_ids: Sequence[int]) -> None:
         """Take note of one event. expert_ids: its union, sorted; steps never go back."""

@@ -67,6 +67,10 @@ class Learned(EvictionPolicy):
         self._layers: list[int] = []
         self._experts: list[int] = []
 
+    @property
+    def is_selective(self) -> bool:
+        return True
+
     def touch(self, step: int, layer: int, expert_ids: Sequence[int]) -> None:
         if step != self._step:
             if self._experts:

@@ -56,7 +56,9 @@ from moe_serve.predictors.base import Array, Gates, Predictor, PredictorShape
 
 logger = logging.getLogger(__name__)
 
-_DISK_THREADS = 4
+DISK_THREADS = 4
+# one copies while the other waits until the link would have carried its record
+_LINK_THREADS = 2
 _NUM_SAMPLES = 5
 
 Progress = Callable[[int, int], None] | None
@@ -159,7 +161,9 @@ class ExpertParts:
         memory = FixedSlots(arena.slots, num_slots)
         costs = self._miss_costs(arena.table(arena.layers[0]), source, arena.slots[0])
         host = HostTier(num_slots, arena.num_experts, MissPlanner(self._config.experts.miss, costs))
-        return others, _Tier(source, TransferQueue(source, arena.slots, 1), memory, host)
+        return others, _Tier(
+            source, TransferQueue(source, arena.slots, _LINK_THREADS), memory, host
+        )
 
     def _on_disk(self, cache: ExpertCache) -> tuple[dict[str, Tensor], _Tier]:
         """Read records from a store, packed now if there is none as yet."""
@@ -181,7 +185,7 @@ class ExpertParts:
             shape.total_slots, shape.num_layers * shape.num_experts, self._residency.slot_bytes
         )
         source = StoreSource(store, self._layers)
-        return others, _Tier(source, TransferQueue(source, memory.records, _DISK_THREADS), memory)
+        return others, _Tier(source, TransferQueue(source, memory.records, DISK_THREADS), memory)
 
     # -- parts -------------------------------------------------------------------------------------
 

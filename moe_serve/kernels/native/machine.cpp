@@ -3,6 +3,8 @@
 
 #include "standard.h"
 
+#include "crc32.h"
+
 // Raised, with ABI of library.py, whenever a function's arguments, the packed form of a weight or
 // any bit of a result changes.
 MS_VISIBLE int32_t ms_abi(void) {
@@ -74,4 +76,18 @@ MS_VISIBLE double ms_copy_seconds(int32_t threads, const void* memory, void* to,
     for (int64_t at = 0; at < bytes; at += kPiece)
         memcpy((char*)to + at, (const char*)memory + at, kPiece);
     return now() - start;
+}
+
+// Whether ms_crc32 is faster here than what others bring.
+MS_VISIBLE int32_t ms_has_fast_crc32(void) {
+    return ms::has_carryless();
+}
+
+// crc32 of zlib. Needs ms_has_fast_crc32.
+MS_VISIBLE int64_t ms_crc32(const void* data, int64_t size) {
+    const uint8_t* bytes = (const uint8_t*)data;
+    const int64_t whole = size >= 64 ? size / 16 * 16 : 0;
+    uint32_t crc = ~0u;
+    if (whole) crc = ms::crc32_folded(crc, bytes, whole);
+    return uint32_t(~ms::crc32_of_bytes(crc, bytes + whole, size - whole));
 }
