@@ -12,7 +12,7 @@ import torch
 from moe_serve import plugin
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
-from moe_serve.engine.expert_parts import ExpertParts
+from moe_serve.engine.expert_parts import ExpertParts, read_usage
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.memory import available_bytes, num_kv_blocks
 from moe_serve.engine.model_runner import ModelRunner
@@ -52,11 +52,15 @@ def build_engine(
     dtype = _dtype(config.weights.dtype, hf_config.dtype)
     max_model_len = _max_model_len(config.weights.max_model_len, spec.max_position_embeddings)
     available = available_bytes()
-    residency = plan_residency(config, spec, dtype, kernels, max_model_len, available)
-    num_blocks = num_kv_blocks(config, spec, dtype, max_model_len, available, residency.model_bytes)
+    keeper = read_usage(config, spec, folder)
+    uses = None if keeper is None else keeper.before.uses
+    residency = plan_residency(config, spec, dtype, kernels, max_model_len, available, uses)
+    num_blocks = num_kv_blocks(
+        config, spec, dtype, max_model_len, available, residency.model_bytes, residency.kv_bytes
+    )
     numerics_id = f"{kernels.numerics_id}-{str(dtype).removeprefix('torch.')}"
     weights, experts = ExpertParts(
-        config, spec, dtype, kernels, residency, folder, numerics_id, on_progress
+        config, spec, dtype, kernels, residency, folder, numerics_id, keeper, on_progress
     ).load()
     model = Decoder(spec, weights, experts, kernels, max_model_len)
     block_size = config.kv.block_size

@@ -86,6 +86,7 @@ class ExpertParts:
         residency: Residency,
         folder: Path,
         numerics_id: str,
+        keeper: ProfileKeeper | None = None,
         on_progress: Progress = None,
     ) -> None:
         self._config = config
@@ -95,6 +96,7 @@ class ExpertParts:
         self._residency = residency
         self._folder = folder
         self._numerics_id = numerics_id
+        self._keeper = keeper
         self._on_progress = on_progress
         self._layers = moe_layers(spec)
         self._is_dummy = config.weights.load_format == "dummy"
@@ -108,8 +110,7 @@ class ExpertParts:
         shape = self._residency.shape
         if shape is None:
             return self._resident()
-        keeper = self._keeper()
-        name = self._config.experts.eviction
+        keeper, name = self._keeper, self._config.experts.eviction
         state = None
         if keeper is not None and keeper.before.policy == name:
             state = keeper.before.policy_state
@@ -148,7 +149,7 @@ class ExpertParts:
     def _resident(self) -> tuple[dict[str, Tensor], Experts]:
         weights = ExpertWeights(self._spec, self._dtype, self._kernels)
         others = self._fill_all(weights.plain())
-        return others, weights.packed(self._recorder(), self._keeper())
+        return others, weights.packed(self._recorder(), self._keeper)
 
     def _behind_link(self, cache: ExpertCache, gb_per_s: float) -> tuple[dict[str, Tensor], _Tier]:
         """Put all records in host memory, and slots before them in the same arena."""
@@ -308,15 +309,6 @@ class ExpertParts:
             return None
         return read_state(Path(path), self._config.experts.predictor)
 
-    def _keeper(self) -> ProfileKeeper | None:
-        """Read the usage profile, if there is to be one. Raises TraceError for another model's."""
-        path = self._config.experts.usage_profile
-        if path is None or not self._layers:
-            return None
-        num_experts = max(self._num_experts(index) for index in range(len(self._layers)))
-        before = read_profile(Path(path), self._model_hash()[:16], len(self._layers), num_experts)
-        return ProfileKeeper(Path(path), before, self._config.experts.eviction)
-
     def _num_experts(self, index: int) -> int:
         moe = self._spec.layers[self._layers[index]].moe
         assert moe is not None
@@ -346,11 +338,26 @@ class ExpertParts:
         return WeightReader.open(self._folder, self._spec).read
 
     def _model_hash(self) -> str:
-        return dummy_hash(self._folder) if self._is_dummy else model_hash(self._folder)
+        return _hash_of(self._config, self._folder)
 
     def _store_folder(self) -> Path:
         given = self._config.experts.expert_store
         return default_store_folder() if given is None else Path(given)
+
+
+def read_usage(config: EngineConfig, spec: ModelSpec, folder: Path) -> ProfileKeeper | None:
+    """Read the usage profile, if there is to be one. Raises TraceError for another model's."""
+    path, layers = config.experts.usage_profile, moe_layers(spec)
+    if path is None or not layers:
+        return None
+    counts = [moe.router.num_experts for layer in spec.layers if (moe := layer.moe) is not None]
+    before = read_profile(Path(path), _hash_of(config, folder)[:16], len(layers), max(counts))
+    return ProfileKeeper(Path(path), before, config.experts.eviction)
+
+
+def _hash_of(config: EngineConfig, folder: Path) -> str:
+    is_dummy = config.weights.load_format == "dummy"
+    return dummy_hash(folder) if is_dummy else model_hash(folder)
 
 
 def default_store_folder() -> Path:

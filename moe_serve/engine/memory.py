@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from pathlib import Path
 
 import torch
@@ -30,12 +31,14 @@ def num_kv_blocks(
     max_model_len: int,
     available: int,
     weights: int,
+    kv_bytes: int | None = None,
 ) -> tuple[int, ...]:
     """Return how many usable blocks each cache group gets: the same number for all.
 
     As the options say, or else enough for `max_num_seqs` requests of full length, but at most a
     quarter of what the model leaves of `available` bytes. weights: the bytes of the model's weights
-    that are held. Raises CapacityError when weights, tables and blocks together need more than is
+    that are held; kv_bytes: what keys and values get where the options do not say. Raises
+    CapacityError when weights, tables and blocks together need more than is
     available.
     """
     groups = spec.cache_groups(dtype.itemsize)
@@ -66,7 +69,8 @@ def num_kv_blocks(
             )
     else:
         wanted = blocks_per_request * config.scheduler.max_num_seqs
-        count = max(1, min(wanted, int(free * _KV_SHARE) // block_bytes))
+        share = int(free * _KV_SHARE) if kv_bytes is None else min(free, kv_bytes)
+        count = max(1, min(wanted, share // block_bytes))
         if count < wanted:
             logger.info(
                 "KV cache: %d blocks of %d tokens, a quarter of the free memory; %d requests of "
@@ -110,6 +114,14 @@ def kv_room_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> 
     return config.scheduler.max_num_batched_tokens * token_bytes
 
 
+def sequence_bytes(
+    config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, max_model_len: int
+) -> int:
+    """Return what one running sequence holds in keys and values: half of its full length."""
+    token_bytes = sum(group.bytes_per_token for group in spec.cache_groups(dtype.itemsize))
+    return max(config.kv.block_size, max_model_len // 2) * token_bytes
+
+
 def _rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:
     """Return what the rotary table takes while it is made: cos, sin, and as much to make them."""
     return max_model_len * spec.attention.head_dim * torch.float32.itemsize * 2
@@ -127,7 +139,11 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
     """
     found = [
         num_bytes
-        for num_bytes in (_machine_bytes(proc), _cgroup_bytes(proc, cgroups))
+        for num_bytes in (
+            _machine_bytes(proc),
+            _cgroup_bytes(proc, cgroups),
+            *_limit_bytes(proc),
+        )
         if num_bytes is not None
     ]
     return max(0, min(found, default=_UNKNOWN))
@@ -141,6 +157,18 @@ def _machine_bytes(proc: Path) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # a name that this system does not know
         return None
+
+
+def _limit_bytes(proc: Path) -> list[int]:
+    """Return what the limits of this process leave (`ulimit -d`, `-v`), as far as there are any."""
+    status = proc / "self" / "status"
+    found = []
+    for kind, name in ((resource.RLIMIT_DATA, "VmData:"), (resource.RLIMIT_AS, "VmSize:")):
+        limit = resource.getrlimit(kind)[0]
+        used = _field(status, name)
+        if limit != resource.RLIM_INFINITY and used is not None:
+            found.append(limit - used * 1024)
+    return found
 
 
 def _cgroup_bytes(proc: Path, cgroups: Path) -> int | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from moe_serve.config import EngineConfig, ExpertsConfig
+from moe_serve.engine.division import Demand, divided
 from moe_serve.engine.memory import (
     GIB,
     kv_room_bytes,
     num_kv_blocks,
+    sequence_bytes,
     table_bytes,
     text_of,
 )
@@ -26,6 +30,8 @@ from moe_serve.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
+Array = np.ndarray[Any, Any]
+
 # of what experts could get by `auto`: the rest is for work space and the transfers' own
 _SHARE_OF_FREE = 0.9
 
@@ -35,12 +41,14 @@ class Residency:
     """How many experts are held. shape: None where all are, or where there are none.
 
     slot_bytes: of one expert; model_bytes: what all weights take in memory, experts among them.
+    kv_bytes: what keys and values get beside them, where that was settled here.
     """
 
     shape: CacheShape | None
     slot_bytes: int
     model_bytes: int
     top_k: int
+    kv_bytes: int | None = None
 
 
 def plan_residency(
@@ -50,8 +58,11 @@ def plan_residency(
     kernels: Kernels,
     max_model_len: int,
     available: int,
+    uses: Array | None = None,
 ) -> Residency:
     """Settle how many experts of each layer are held, by the options or by what memory there is.
+
+    uses: float [num_layers, num_experts], how often each was used in earlier runs, if known.
 
     Raises CapacityError where it would be fewer than a token uses, naming the least that is enough,
     or where not even with those the keys and values fit.
@@ -73,13 +84,25 @@ def plan_residency(
     other_bytes = weights_bytes(spec, dtype, names_without_experts(spec))
     all_bytes = other_bytes + len(layers) * num_experts * slot_bytes
     slots = _slots_by_options(options, len(layers), slot_bytes)
+    kv_bytes = None
     if slots is None:
-        tables = table_bytes(config, spec, max_model_len)
-        free = available - other_bytes - tables - kv_room_bytes(config, spec, dtype)
-        if len(layers) * num_experts * slot_bytes <= free:
+        free = available - other_bytes - table_bytes(config, spec, max_model_len)
+        kv_room = kv_room_bytes(config, spec, dtype)
+        if len(layers) * num_experts * slot_bytes <= free - kv_room:
             slots = len(layers) * num_experts
+        elif _is_kv_given(config):
+            slots = max(0, int((free - kv_room) * _SHARE_OF_FREE)) // slot_bytes
         else:
-            slots = max(0, int(free * _SHARE_OF_FREE)) // slot_bytes
+            demand = Demand(
+                chances=chances_of(uses, len(layers), num_experts, top_k),
+                slot_bytes=slot_bytes,
+                sequence_bytes=sequence_bytes(config, spec, dtype, max_model_len),
+                num_seqs=config.scheduler.max_num_seqs,
+                top_k=top_k,
+            )
+            found = divided(int(free * _SHARE_OF_FREE), demand)
+            slots = 0 if found is None else found[0] * len(layers)
+            kv_bytes = None if found is None else found[1]
     if options.emulate_link is None and slots >= len(layers) * num_experts:
         if options.is_limited:
             logger.info("all %d experts of each layer are held: the budget allows it", num_experts)
@@ -100,7 +123,23 @@ def plan_residency(
         100 * shape.total_slots / (len(layers) * num_experts),
         "the rest in host memory" if options.emulate_link is not None else "the rest on disk",
     )
-    return Residency(shape, slot_bytes, held, top_k)
+    return Residency(shape, slot_bytes, held, top_k, kv_bytes)
+
+
+def chances_of(uses: Array | None, num_layers: int, num_experts: int, top_k: int) -> Array:
+    """Return how likely a token is to use each expert, [num_layers, num_experts].
+
+    As it was recorded; where nothing was, all are equally likely.
+    """
+    if uses is None:
+        return np.full((num_layers, num_experts), top_k / num_experts)
+    share: Array = (uses + 1) / (uses + 1).sum(axis=1, keepdims=True)
+    chances: Array = np.minimum(1.0, top_k * share)
+    return chances
+
+
+def _is_kv_given(config: EngineConfig) -> bool:
+    return config.kv.num_kv_blocks is not None or config.kv.kv_cache_gb is not None
 
 
 def _slots_by_options(options: ExpertsConfig, num_layers: int, slot_bytes: int) -> int | None:
