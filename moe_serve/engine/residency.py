@@ -114,6 +114,19 @@ def plan_residency(
     held = other_bytes + shape.total_slots * slot_bytes
     if options.emulate_link is not None:
         held = all_bytes + shape.total_slots * slot_bytes
+    if options.is_limited and held > available:
+        most = (available - (held - shape.total_slots * slot_bytes)) // slot_bytes
+        per_layer = max(0, most) // len(layers)
+        raise CapacityError(
+            f"{shape.total_slots} expert slots take {text_of(shape.total_slots * slot_bytes)}, and "
+            f"the model {text_of(held)} with them, but {text_of(available)} are available; "
+            + (
+                f"give at most expert_cache_slots {per_layer}, or expert_cache_gb "
+                f"{per_layer * len(layers) * slot_bytes / GIB:.3g}"
+                if per_layer >= top_k
+                else "use a smaller model or dtype"
+            )
+        )
     logger.info(
         "experts: %d slots of %d bytes for %d layers of %d experts (%.0f %%), %s",
         shape.total_slots,
