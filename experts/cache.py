@@ -408,6 +408,10 @@ class ExpertCache:
                 is_absent[expert] = False
         return is_absent
 
+    def under_way(self) -> list[tuple[int, int]]:
+        """Return (layer, expert) of all that is loading."""
+        return list(self._loading)
+
     def loading(self, layer: int) -> list[int]:
         """Return the experts of a layer that are on their way."""
         return [expert for other, expert in self._loading if other == layer]

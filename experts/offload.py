@@ -155,6 +155,7 @@ class OffloadedExperts:
         self._next_layer = 0
         try:
             self._collect(self.queue.ended())
+            self._forget_lost()
             if self.prefetcher is not None:
                 self.prefetcher.start_step(self._step, batch)
             yield self
@@ -369,6 +370,13 @@ class OffloadedExperts:
             raise StoreError(f"an expert could not be brought in: {error}") from error
         if error is not None:
             raise error
+
+    def _forget_lost(self) -> None:
+        """Free slots whose transfers an interrupt took away between their end and `_collect`."""
+        if self.cache.num_loading:
+            for layer, expert in self.cache.under_way():
+                if not self.queue.is_known(layer, expert):
+                    self.cache.failed(layer, expert)
 
     def _run_in_place(self, event: Event, counts: Mapping[int, int]) -> list[int]:
         """Choose misses that run in host memory, and let the kernels find them there."""

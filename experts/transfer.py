@@ -89,6 +89,10 @@ class Transfers(Protocol):
         """
         ...
 
+    def is_known(self, layer: int, expert: int) -> bool:
+        """Return whether a transfer of this expert waits, runs, or has ended uncollected."""
+        ...
+
     @property
     def num_guesses(self) -> int:
         """Return how many transfers wait or run on a guess."""
@@ -159,6 +163,12 @@ class TransferQueue:
                 self._change.wait()
             ended, self._ended = self._ended, []
         return ended
+
+    def is_known(self, layer: int, expert: int) -> bool:
+        with self._lock:
+            return (layer, expert) in self._of_expert or any(
+                (transfer.layer, transfer.expert) == (layer, expert) for transfer in self._ended
+            )
 
     @property
     def num_guesses(self) -> int:

@@ -34,6 +34,9 @@ ENGINE_FLAGS = {
     "--admission-horizon", "--block-size", "--num-kv-blocks", "--kv-cache-gb",
     "--enable-prefix-caching", "--no-enable-prefix-caching",
     "--max-num-seqs", "--max-num-batched-tokens", "--max-prefill-chunk", "--scheduling-policy",
+    "--expert-cache-slots", "--expert-cache-gb", "--expert-cache-scope", "--eviction", "--prefetch",
+    "--predictor", "--predictor-state", "--miss", "--expert-store", "--usage-profile",
+    "--record-trace", "--emulate-link",
     "--kernels", "--isa", "--fused", "--no-fused", "--threads", "--seed", "--config", "--debug",
     "--help",
 }  # fmt: skip

@@ -6,6 +6,7 @@ on the machine: how long a load takes, and an expert in memory.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import statistics
@@ -20,7 +21,7 @@ from torch import Tensor
 from moe_serve import plugin
 from moe_serve.config import EngineConfig
 from moe_serve.engine.residency import Residency
-from moe_serve.errors import ConfigError
+from moe_serve.errors import ConfigError, StoreError
 from moe_serve.experts.cache import ExpertCache
 from moe_serve.experts.calibration import Calibration
 from moe_serve.experts.executor import Experts
@@ -225,13 +226,17 @@ class ExpertParts:
         return Prefetcher(predictor, cache, tier.queue, calibration, link, kind)
 
     def _load(self, source: Source, scratch: Tensor, index: int, num_bytes: int | None) -> None:
-        """Read an expert, or its first bytes, into a slot that nobody uses yet."""
+        """Read an expert, or its first bytes, into a slot that nobody uses yet.
+
+        A damaged one is read all the same: it is refused when somebody needs it.
+        """
         expert = index % self._num_experts(0)
         record = scratch[: source.record_bytes(0)]
         end = min(num_bytes or record.shape[0], record.shape[0])
         source.read_chunk(0, expert, record, 0, end)
         if num_bytes is None:
-            source.verify(0, expert, record)
+            with contextlib.suppress(StoreError):
+                source.verify(0, expert, record)
 
     def _miss_costs(self, table: ExpertTable, source: Source, scratch: Tensor) -> MissCosts:
         """Measure a copy, and an expert on one row and on several, with the real kernels.

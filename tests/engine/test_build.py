@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.config import EngineConfig
-from moe_serve.engine import build
+from moe_serve.engine import build, expert_parts
 from moe_serve.errors import CapacityError, ConfigError
 from moe_serve.kernels.native import library
 from moe_serve.layers.attention import LayerCache
@@ -28,8 +28,12 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_kwargs: object) -> None:
         pytest.fail("made before it was known to fit")
 
-    for name in ("load_weights", "dummy_weights", "build_decoder", "KVCacheManager"):
-        monkeypatch.setattr(build, name, fail)
+    for module, name in (
+        (expert_parts, "load_weights"), (expert_parts, "dummy_weights"),
+        (expert_parts, "ExpertWeights"), (expert_parts, "open_or_pack"),
+        (build, "Decoder"), (build, "KVCacheManager"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, fail)
 
 
 @pytest.fixture

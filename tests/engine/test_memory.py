@@ -104,7 +104,8 @@ def _blocks(
     spec: ModelSpec, available: int, max_model_len: int = 64, **options: Any
 ) -> tuple[int, ...]:
     config = EngineConfig.from_options(options)
-    return num_kv_blocks(config, spec, torch.float32, max_model_len, available)
+    weights = weights_bytes(spec, torch.float32)
+    return num_kv_blocks(config, spec, torch.float32, max_model_len, available, weights)
 
 
 def test_the_default_is_room_for_all_requests(

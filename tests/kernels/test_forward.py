@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from moe_serve.comm.base import Inbox
+from moe_serve.experts.executor import ResidentExperts
+from moe_serve.kernels.forward.base import Stopped, Stops
 from moe_serve.layers.attention import LayerCache
 from moe_serve.layers.moe import MoeLayer
 from moe_serve.models.decoder import Decoder
-from moe_serve.types import ForwardBatch, RouterRecipe, RouterScore
+from moe_serve.types import ForwardBatch, RouterRecipe, RouterScore, Routing
 from tests.kernels.implementations import DTYPES, EACH_NATIVE, kernels
 from tests.kernels.row_independence import same_bits
 from tests.models import tiny
@@ -57,6 +62,95 @@ def poisoned_workspace(monkeypatch: pytest.MonkeyPatch, poisoned_empty: None) ->
     monkeypatch.setattr(torch, "empty", empty)
 
 
+@dataclass
+class Seen:
+    """What a stop showed, or a layer's experts were given."""
+
+    layer: int
+    expert_ids: Tensor
+    weights: Tensor
+    counts: Tensor
+    residual: Tensor
+
+    @classmethod
+    def at(cls, stopped: Stopped) -> Seen:
+        ids, weights = torch.tensor(stopped.expert_ids), torch.tensor(stopped.weights)
+        counts = torch.tensor(stopped.counts)
+        return cls(stopped.layer, ids, weights, counts, stopped.residual.clone())
+
+    def check(self, other: Seen) -> None:
+        assert self.layer == other.layer
+        assert torch.equal(self.expert_ids, other.expert_ids)
+        assert same_bits(self.weights, other.weights)
+        assert torch.equal(self.counts, other.counts)
+        assert same_bits(self.residual, other.residual)
+
+
+Parts = Callable[[list[int]], list[list[int]]]
+
+
+class Watching:
+    """A watcher that notes what it was shown, and serves experts in the parts it was given."""
+
+    def __init__(
+        self,
+        stops: Stops,
+        decoder: Decoder,
+        num_tokens: int,
+        parts: Parts | None = None,
+        absent: dict[int, list[int]] | None = None,
+        forced: tuple[Tensor, Tensor] | None = None,
+        raises: type[BaseException] | None = None,
+    ) -> None:
+        """parts: cuts the experts that have pairs; None: all at once, without naming them.
+
+        absent: experts of each layer that have a slot only while they are to run. forced: ids and
+        weights to take. raises: what it does when it is asked.
+        """
+        self.stops = stops
+        self.seen: list[Seen] = []
+        self.is_forced = forced is not None
+        self._experts = decoder.experts.layers
+        self._parts = parts
+        self._absent = absent or {}
+        self._raises = raises
+        if forced is None:
+            moes = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, MoeLayer)]
+            shape = (len(decoder.layers), num_tokens, moes[0].router.recipe.top_k)
+            forced = torch.full(shape, -7, dtype=torch.int64), torch.full(shape, float("nan"))
+        self.ids, self.weights = forced
+        for layer, experts in self._absent.items():
+            self._slots(layer)[experts] = -1
+
+    def _slots(self, layer: int) -> Tensor:
+        return self._experts[layer].slot_of_expert
+
+    def serve(self, stopped: Stopped) -> Iterator[tuple[Tensor | None, bool]]:
+        self.seen.append(Seen.at(stopped))
+        if self._raises is not None:
+            raise self._raises("of the watcher")
+        slots, layer = self._slots(stopped.layer), stopped.layer
+        of_layer = self._first_slot(layer)
+        absent = self._absent.get(layer, [])
+        if self._parts is None:
+            slots[absent] = torch.tensor(absent, dtype=torch.int32) + of_layer
+            yield None, True
+        else:
+            parts = self._parts(np.flatnonzero(stopped.counts).tolist())
+            for number, part in enumerate(parts):
+                here = [expert for expert in part if expert in absent]
+                slots[here] = torch.tensor(here, dtype=torch.int32) + of_layer
+                only = torch.zeros(len(slots), dtype=torch.uint8)
+                only[part] = 1
+                yield only, number == len(parts) - 1
+                slots[here] = -1
+        slots[absent] = -1
+
+    def _first_slot(self, layer: int) -> int:
+        index = sorted(self._experts).index(layer)
+        return index * len(self._slots(layer))
+
+
 class Both:
     """A decoder with two sets of caches: one is run layer by layer, one fused."""
 
@@ -75,9 +169,13 @@ class Both:
 
     def check(self, batch: ForwardBatch) -> Tensor:
         """Run a step both ways, compare all bits, and return the residual stream."""
+        return self.check_watched(batch, None)
+
+    def check_watched(self, batch: ForwardBatch, watcher: Watching | None) -> Tensor:
+        """Do as `check`, the fused pass with somebody to ask."""
         with torch.inference_mode():
-            fused = self._run(batch)
             want = self._decoder.forward(batch, self._plain)
+            fused = self._run(batch, watcher)
         assert bool(fused.isfinite().all())
         assert same_bits(fused, want)
         return fused
@@ -103,6 +201,22 @@ def _sequences(decoder: Decoder, seed: int) -> tuple[list[list[int]], list[tuple
         for index, length in enumerate(LENGTHS):
             blocks[index].append([free.pop() for _ in range(-(-length // BLOCK_SIZE))])
     return tokens, [tuple(groups) for groups in blocks]
+
+
+def _layer_by_layer(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    """Have what each layer's experts are given noted, where layers run one by one."""
+    seen: list[Seen] = []
+    experts = decoder.experts
+    assert isinstance(experts, ResidentExperts)
+    run = experts.run
+
+    def noting(layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
+        ids, weights = routing.expert_ids, routing.weights
+        seen.append(Seen(layer, ids.clone(), weights.clone(), inbox.counts, residual.clone()))
+        return run(layer, inbox, routing, residual)
+
+    monkeypatch.setattr(experts, "run", noting)
+    return seen
 
 
 def _check_steps(decoder: Decoder) -> None:
@@ -229,3 +343,148 @@ def test_a_sequence_that_is_not_finite_harms_no_other(
     assert same_bits(got[1:], want)
     with torch.inference_mode():
         assert same_bits(run(second), want)
+
+
+MOE_TYPES = [kind for kind in tiny.CONFIGS if "experts" in " ".join(tiny.CONFIGS[kind])]
+PARTS: dict[str, Parts | None] = {
+    "at-once": None,
+    "by-name": lambda active: [active],
+    "one-by-one": lambda active: [[expert] for expert in active],
+    "last-first": lambda active: [active[1::2], active[::2]] if len(active) > 1 else [active],
+}
+
+
+def _decoded(decoder: Decoder) -> Iterator[ForwardBatch]:
+    """Give some steps: a prompt, another beside a decode, decodes alone."""
+    tokens, blocks = _sequences(decoder, seed=6)
+    yield tiny.batch_of([tiny.Run(tokens[0], 0, 40, blocks[0])], BLOCK_SIZE)
+    yield tiny.batch_of(
+        [tiny.Run(tokens[0], 40, 1, blocks[0]), tiny.Run(tokens[1], 0, 23, blocks[1])], BLOCK_SIZE
+    )
+    yield tiny.batch_of(
+        [tiny.Run(tokens[0], 41, 1, blocks[0]), tiny.Run(tokens[1], 23, 1, blocks[1])], BLOCK_SIZE
+    )
+    yield tiny.batch_of([tiny.Run(tokens[1], 24, 1, blocks[1])], BLOCK_SIZE)
+
+
+def _counted(decoder: Decoder) -> list[list[int]]:
+    return [table.uses.tolist() for table in decoder.experts.layers.values()]
+
+
+@EACH_NATIVE
+@DTYPES
+@pytest.mark.parametrize("model_type", MOE_TYPES)
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.usefixtures("poisoned_workspace")
+def test_to_stop_at_every_layer_changes_no_bit(
+    name: str,
+    dtype: torch.dtype,
+    model_type: str,
+    parts: str,
+    checkpoints: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = tiny.load_decoder(checkpoints(model_type), dtype, kernels(name))
+    both = Both(decoder)
+    want = _layer_by_layer(decoder, monkeypatch)
+    layers = sorted(decoder.experts.layers)
+    for number, batch in enumerate(_decoded(decoder)):
+        torch.set_num_threads(1 + number % 3)
+        want.clear()
+        watcher = Watching(Stops.ALWAYS, decoder, batch.num_tokens, PARTS[parts])
+        both.check_watched(batch, watcher)
+        assert [seen.layer for seen in watcher.seen] == layers
+        for seen, wanted in zip(watcher.seen, want, strict=True):
+            seen.check(wanted)
+            assert torch.equal(watcher.ids[seen.layer], wanted.expert_ids), "what it noted"
+            assert same_bits(watcher.weights[seen.layer], wanted.weights)
+        dense = [layer for layer in range(len(decoder.layers)) if layer not in layers]
+        assert bool((watcher.ids[dense] == -7).all())
+    both.check_caches()
+    assert not any(uses % 2 for row in _counted(decoder) for uses in row), "each counted twice"
+
+
+@EACH_NATIVE
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.usefixtures("poisoned_workspace")
+def test_it_stops_where_a_needed_expert_is_missing_and_nowhere_else(
+    name: str, parts: str, checkpoints: Callable[[str], Path]
+) -> None:
+    plain = tiny.load_decoder(checkpoints("mixtral"), torch.bfloat16, kernels(name))
+    decoder = tiny.load_decoder(checkpoints("mixtral"), torch.bfloat16, kernels(name))
+    caches = [
+        d.allocate_caches((NUM_BLOCKS,) * len(d.groups), BLOCK_SIZE) for d in (plain, decoder)
+    ]
+    whole, run = plain.fused(caches[0]), decoder.fused(caches[1])
+    assert whole is not None
+    assert run is not None
+    absent = {0: [0, 1, 2], 1: [], 2: [7]}
+    stops = 0
+    for batch in _decoded(decoder):
+        noting = Watching(Stops.NEVER, plain, batch.num_tokens)
+        watcher = Watching(Stops.MISSING, decoder, batch.num_tokens, PARTS[parts], absent)
+        with torch.inference_mode():
+            want = whole(batch, noting)
+            assert same_bits(run(batch, watcher), want)
+        assert noting.seen == []
+        expected = [
+            layer
+            for layer, experts in absent.items()
+            if set(experts) & set(noting.ids[layer].flatten().tolist())
+        ]
+        assert [seen.layer for seen in watcher.seen] == expected
+        assert torch.equal(watcher.ids, noting.ids)
+        assert same_bits(watcher.weights, noting.weights)
+        stops += len(expected)
+    assert 0 < stops < 4 * 3
+    for one, other in zip(*caches, strict=True):
+        _same_cache(one, other)
+
+
+@EACH_NATIVE
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt])
+def test_what_a_watcher_raises_ends_the_pass_and_the_next_one_is_whole(
+    name: str, kind: type[BaseException], checkpoints: Callable[[str], Path]
+) -> None:
+    decoder = tiny.load_decoder(checkpoints("qwen3_moe"), kernels=kernels(name))
+    both = Both(decoder)
+    batch = next(_decoded(decoder))
+    run = both._run
+    with torch.inference_mode(), pytest.raises(kind, match="of the watcher"):
+        run(batch, Watching(Stops.ALWAYS, decoder, batch.num_tokens, raises=kind))
+    both.check(batch)
+    both.check_caches()
+
+
+@EACH_NATIVE
+@DTYPES
+@pytest.mark.parametrize("stops", [Stops.NEVER, Stops.ALWAYS])
+def test_forced_routing_is_taken_and_left_as_it_is(
+    name: str, dtype: torch.dtype, stops: Stops, checkpoints: Callable[[str], Path]
+) -> None:
+    decoder = tiny.load_decoder(checkpoints("qwen2_moe"), dtype, kernels(name))
+    both = Both(decoder)
+    generator = torch.Generator().manual_seed(3)
+    routings: dict[int, Routing] = {}
+    for index, layer in enumerate(decoder.layers):
+        assert isinstance(layer.mlp, MoeLayer)
+
+        def route(hidden: Tensor, layer: int = index) -> Routing:
+            return routings[layer]
+
+        layer.mlp.router = route  # type: ignore[assignment] # after the fused pass was built
+    for batch in _decoded(decoder):
+        shape = (len(decoder.layers), batch.num_tokens, 8)
+        ids = torch.rand(shape, generator=generator).argsort(-1)[..., :2].contiguous()
+        weights = torch.rand(ids.shape, generator=generator)
+        routings.update({i: Routing(ids[i], weights[i]) for i in range(len(decoder.layers))})
+        forced = ids.clone(), weights.clone()
+        watcher = Watching(stops, decoder, batch.num_tokens, forced=forced)
+        both.check_watched(batch, watcher)
+        assert torch.equal(watcher.ids, ids)
+        assert same_bits(watcher.weights, weights)
+        for seen in watcher.seen:
+            assert torch.equal(seen.expert_ids, ids[seen.layer])
+            assert same_bits(seen.weights, weights[seen.layer])
+        assert len(watcher.seen) == (len(decoder.layers) if stops is Stops.ALWAYS else 0)
+    both.check_caches()

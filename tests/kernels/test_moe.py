@@ -247,3 +247,62 @@ def test_silu_does_not_see_where_a_value_stands(name: str, dtype: torch.dtype, s
     out = kernels(name).silu_and_mul(column.expand(50, 2 * size).contiguous())
     for first, other in itertools.pairwise(range(0, size, 7)):
         assert same_bits(out[:, first], out[:, other])
+
+
+@EACH
+@DTYPES
+@pytest.mark.usefixtures("poisoned_empty")
+def test_experts_may_run_in_any_number_of_calls(name: str, dtype: torch.dtype) -> None:
+    gate_up, down = random_experts(6, 40, 24, dtype)
+    experts = table(kernels(name), gate_up, down)
+    hidden = torch.randn(9, 40).to(dtype)
+    counts = torch.tensor([4, 0, 5, 1, 300, 2])
+    rows = torch.randint(0, 9, (int(counts.sum()),))
+    want = kernels(name).moe(hidden, rows, counts, experts)
+    whole_uses = experts.uses.clone()
+    for calls in ([[0, 1, 2, 3, 4, 5]], [[4], [0, 1, 5], [2, 3]], [[5], [4], [3], [2], [0]]):
+        experts.uses.zero_()
+        out = hidden.new_empty(len(rows), 40)  # poisoned
+        starts = [0, *counts.cumsum(0).tolist()]
+        run: set[int] = set()
+        for chosen in calls:
+            only = torch.zeros(6, dtype=torch.uint8)
+            only[chosen] = 1
+            given = kernels(name).moe(hidden, rows, counts, experts, only, out)
+            assert given.data_ptr() == out.data_ptr(), "the rows given are those filled"
+            run.update(chosen)
+            for expert in range(6):
+                part = slice(starts[expert], starts[expert + 1])
+                if expert in run:
+                    assert same_bits(out[part], want[part])
+                else:
+                    assert bool(out[part].isnan().all()), "another expert's rows were written"
+        assert same_bits(out, want)
+        assert torch.equal(experts.uses, whole_uses), "each use counts once"
+
+
+@EACH
+def test_experts_that_do_not_run_need_no_slot(name: str) -> None:
+    gate_up, down = random_experts(3, 16, 16, torch.float32)
+    experts = table(kernels(name), gate_up, down)
+    hidden, rows, counts = torch.randn(4, 16), torch.randint(0, 4, (7,)), torch.tensor([2, 3, 2])
+    want = kernels(name).moe(hidden, rows, counts, experts)
+    out = torch.empty(7, 16)
+    for expert in (2, 0, 1):
+        slots = torch.full((3,), -1, dtype=torch.int32)
+        slots[expert] = expert
+        only = torch.zeros(3, dtype=torch.uint8)
+        only[expert] = 1
+        alone = replace(experts, slot_of_expert=slots)
+        kernels(name).moe(hidden, rows, counts, alone, only, out)
+    assert same_bits(out, want)
+
+
+@EACH
+@pytest.mark.parametrize("shape", [(6, 16), (7, 15)])
+def test_an_output_of_another_shape_is_refused(name: str, shape: tuple[int, int]) -> None:
+    gate_up, down = random_experts(3, 16, 16, torch.float32)
+    experts = table(kernels(name), gate_up, down)
+    rows, counts = torch.zeros(7, dtype=torch.int64), torch.tensor([2, 3, 2])
+    with pytest.raises((AssertionError, RuntimeError)):
+        kernels(name).moe(torch.randn(1, 16), rows, counts, experts, None, torch.empty(shape))

@@ -10,13 +10,9 @@ import pytest
 from moe_serve.errors import CapacityError, ConfigError, TraceError
 from moe_serve.experts.trace import read_trace
 from moe_serve.study.replay import cache_shape, without_prefix
-from moe_serve.study.simulate import (
-    SimulateOptions,
-    default_slots,
-    learned_state,
-    simulate,
-    table,
-)
+from moe_serve.study.simulate import SimulateOptions, default_slots, simulate
+from moe_serve.study.states import learned_state
+from moe_serve.study.tables import tables
 from tests.experts.routing import synthetic_trace
 
 FIELDS = {
@@ -68,7 +64,7 @@ def test_where_everything_fits_there_is_no_gap() -> None:
 
     assert rows[0]["gap_closed"] is None
     assert rows[0]["miss"] == rows[0]["belady"]
-    assert " - " in table({"trace": "synthetic", "rows": rows})
+    assert "  -  " in tables({"trace": "synthetic", "rows": rows})
 
 
 def test_in_domain_measures_the_last_sequences_only() -> None:
@@ -118,7 +114,7 @@ def test_as_recorded_takes_the_steps_of_the_trace() -> None:
 
     assert [row["batch"] for row in rows] == [None]
     assert rows[0]["events"] == 20 * 3
-    assert "rec." in table({"trace": "t", "rows": rows})
+    assert "rec." in tables({"trace": "t", "rows": rows})
 
 
 def test_the_template_can_be_dropped() -> None:
@@ -146,6 +142,13 @@ def test_the_template_can_be_dropped() -> None:
         ({"split": "indomain"}, "did you mean 'in-domain'"),
         ({"batches": (0,)}, "batch is 0"),
         ({"split": "transfer"}, "needs a trace to learn from"),
+        ({"predictors": ("learned_id",)}, "did you mean 'learned_ids'"),
+        ({"sequences": 0}, "give at least 1"),
+        ({"record_bytes": -1}, "record_bytes is -1"),
+        ({"layer_s": 1e-3}, "give all three"),
+        ({"layer_s": 1e-3, "link_bytes_s": 1e9}, "the bytes of an expert"),
+        ({"layer_s": 0.0, "link_bytes_s": 1e9, "record_bytes": 1}, "layer_s is 0.0"),
+        ({"layer_s": float("nan"), "link_bytes_s": 1e9, "record_bytes": 1}, "layer_s is nan"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
@@ -167,6 +170,85 @@ def test_progress_names_each_replay() -> None:
     )
 
     assert [line.split(",")[0] for line in seen] == ["heat", "lru", "lfu", "lfru", "belady"]
+
+
+def test_with_a_clock_every_predictor_has_a_row() -> None:
+    options = SimulateOptions(
+        policies=("lru", "belady"), slots=(5,), batches=(1, 3), predictors=("popularity", "oracle"),
+        record_bytes=1000, layer_s=2e-4, link_bytes_s=1e7,
+    )  # fmt: skip
+
+    result = json.loads(json.dumps(simulate(synthetic_trace(num_seqs=20), options)))
+
+    rows = {(row["policy"], row["predictor"], row["batch"]): row for row in result["rows"]}
+    assert len(rows) == 2 * 3 * 2 == len(result["rows"])
+    for (policy, predictor, batch), row in rows.items():
+        assert row["hits"] + row["misses"] == row["union"]
+        assert row["ms_per_token"] >= row["stall_ms_per_token"] > 0
+        if predictor is None:
+            assert row["bytes_per_token"] == pytest.approx(row["misses"] * 1000 / row["num_tokens"])
+        else:
+            assert row["gap_closed"] is None
+            assert row["predictor_us"] > 0
+        if predictor == "oracle":
+            demand = rows[policy, None, batch]
+            assert row["stall_ms_per_token"] < demand["stall_ms_per_token"]
+            assert row["misses"] < demand["misses"]
+            assert row["useful"] > 0 == row["wasted"]
+    assert "virtual clock" in tables(result)
+
+
+def test_guesses_have_a_row_for_each_distance() -> None:
+    options = SimulateOptions(
+        policies=("lru",), slots=(5,), batches=(1, 2), predictors=("oracle", "popularity")
+    )
+
+    result = json.loads(json.dumps(simulate(synthetic_trace(), options)))
+
+    found = result["predictions"]
+    assert [(row["predictor"], row["batch"], row["distance"]) for row in found] == [
+        (name, batch, distance)
+        for name in ("oracle", "popularity")
+        for batch in (1, 2)
+        for distance in range(3)
+    ], "there are three layers, so none is three ahead"
+    assert all(row["recall"] == 1 for row in found[:6])
+    assert all(0 < row["recall"] < 1 for row in found[6:])
+    assert all(row["first_token"] == 0 and row["last_token"] is None for row in found)
+    assert all(row["predictor"] is None for row in result["rows"]), "nothing guessed there"
+    shown = tables(result)
+    for word in ("start", "predictor  oracle", "policy     lru"):
+        assert word in shown
+
+
+def test_a_new_task_is_summed_up_in_two_ranges() -> None:
+    trace = synthetic_trace(num_seqs=70, num_layers=1)  # 2,100 tokens
+    options = SimulateOptions(
+        policies=("lru",), slots=(5,), batches=(1,), split="prequential", predictors=("popularity",)
+    )
+
+    result = simulate(trace, options)
+
+    assert [(row["first_token"], row["last_token"]) for row in result["predictions"]] == [
+        (0, 2000),
+        (2000, None),
+    ]
+    assert result["rows"][0]["num_tokens"] == 2100
+
+
+def test_only_the_first_sequences() -> None:
+    options = SimulateOptions(policies=("lru",), slots=(5,), batches=(1,), sequences=2)
+    assert simulate(synthetic_trace(), options)["rows"][0]["num_tokens"] == 60
+    more = replace(options, sequences=99)
+    assert simulate(synthetic_trace(), more)["rows"][0]["num_tokens"] == 180
+
+
+def test_what_a_predictor_lacks_is_said_before_anything_runs() -> None:
+    seen: list[str] = []
+    options = SimulateOptions(policies=("lru",), slots=(5,), predictors=("token_table",))
+    with pytest.raises(TraceError, match="token_table needs token_ids"):
+        simulate(synthetic_trace(), options, seen.append)
+    assert not seen
 
 
 def test_learning_closes_the_gap_on_the_same_task(shared_data: Path) -> None:

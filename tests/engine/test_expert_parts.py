@@ -1,0 +1,184 @@
+"""Experts are made as they were planned; what an option cannot do here is said."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_serve.config import EngineConfig
+from moe_serve.engine.build import build_engine
+from moe_serve.engine.engine import Engine
+from moe_serve.engine.expert_parts import default_store_folder
+from moe_serve.errors import ConfigError, StoreError, TraceError
+from moe_serve.experts.executor import ResidentExperts
+from moe_serve.experts.offload import OffloadedExperts
+from moe_serve.experts.predictor_state import write_state
+from moe_serve.experts.profile import UsageProfile, read_profile, write_profile
+from moe_serve.models.checkpoint_folder import model_hash
+from moe_serve.types import Request, SamplingParams
+from tests.models.bad_checkpoints import write_checkpoint
+
+NUM_LAYERS, NUM_EXPERTS = 2, 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def build(folder: Path, tmp_path: Path) -> Iterator[Any]:
+    """Build engines, which are closed at the end."""
+    made: list[Engine] = []
+
+    def one(**options: Any) -> Engine:
+        given = {"num_kv_blocks": 8, "expert_store": str(tmp_path / "store"), "prefetch": "off"}
+        engine = build_engine(EngineConfig.from_options({**given, **options}), folder)
+        made.append(engine)
+        return engine
+
+    yield one
+    for engine in made:
+        engine.close()
+
+
+def offloaded(engine: Engine) -> OffloadedExperts:
+    experts = engine.runner.model.experts
+    assert isinstance(experts, OffloadedExperts)
+    return experts
+
+
+def run(engine: Engine) -> list[int]:
+    sampling = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    engine.add(Request(request_id="a", prompt_ids=(3, 1, 4, 1, 5), sampling=sampling))
+    tokens: list[int] = []
+    while engine.has_unfinished:
+        for output in engine.step():
+            assert output.error is None
+            tokens += output.token_ids
+    return tokens
+
+
+def test_three_ways_to_hold_them_give_the_same_tokens(build: Any, tmp_path: Path) -> None:
+    whole = build()
+    assert isinstance(whole.runner.model.experts, ResidentExperts)
+    assert not (tmp_path / "store").exists(), "nothing is packed that is not needed"
+    on_disk, behind_link = (
+        build(expert_cache_slots=2),
+        build(expert_cache_slots=2, emulate_link=1.0),
+    )
+    assert offloaded(on_disk).cache.shape.total_slots == 4
+    (packed,) = (tmp_path / "store").iterdir()
+    assert packed.name.startswith("model-")
+    assert packed.suffix == ".experts"
+    assert run(on_disk) == run(behind_link) == run(whole)
+    assert on_disk.stats().model_bytes < whole.stats().model_bytes < behind_link.stats().model_bytes
+
+
+def test_tables_are_the_cache_s_own(build: Any) -> None:
+    for options in ({}, {"emulate_link": 1.0, "miss": "copy"}):
+        engine = build(expert_cache_slots=3, **options)
+        experts = offloaded(engine)
+        run(engine)
+        for index, layer in enumerate(sorted(experts.layers)):
+            table = experts.layers[layer]
+            assert table.slot_of_expert.tolist() == experts.cache.slot_of_expert[index].tolist()
+            assert int(table.uses.sum()) == (5 + 4) * 2
+
+
+def test_a_profile_fills_the_slots_hottest_first(build: Any, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "profile"
+    uses = np.array([[0.0, 9.0, 3.0, 5.0], [2.0, 0.0, 0.0, 0.0]])
+    write_profile(path, UsageProfile(model_hash(folder)[:16], uses))
+    experts = offloaded(build(expert_cache_slots=2, usage_profile=str(path)))
+    while experts.cache.num_loading:
+        experts._collect(experts.queue.ended(wait=True))
+    assert [experts.cache.residents(layer) for layer in range(NUM_LAYERS)] == [[1, 3], [0]]
+    experts.close()
+    after = read_profile(path, model_hash(folder)[:16], NUM_LAYERS, NUM_EXPERTS)
+    np.testing.assert_array_equal(after.uses, uses / 2)
+    assert after.policy == "adaptive"
+
+
+def test_a_policy_starts_from_its_own_state_only(build: Any, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "profile"
+    engine = build(expert_cache_slots=2, usage_profile=str(path), eviction="static")
+    run(engine)
+    engine.close()
+    state = read_profile(path, model_hash(folder)[:16], NUM_LAYERS, NUM_EXPERTS).policy_state
+    assert state
+    warm = offloaded(build(expert_cache_slots=2, usage_profile=str(path), eviction="static"))
+    cold = offloaded(build(expert_cache_slots=2, eviction="static"))
+    every = list(range(NUM_EXPERTS))
+    assert warm.cache.policy.scores(0, every) != cold.cache.policy.scores(0, every)
+    other = offloaded(build(expert_cache_slots=2, usage_profile=str(path), eviction="lfu"))
+    plain = offloaded(build(expert_cache_slots=2, eviction="lfu"))
+    assert list(other.cache.policy.scores(0, every)) == list(plain.cache.policy.scores(0, every))
+
+
+def test_a_split_of_what_is_on_disk_says_that_it_is_none(
+    build: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(expert_cache_slots=2, miss="copy")
+    build(expert_cache_slots=2, miss="auto")
+    assert caplog.messages == []
+    build(expert_cache_slots=2, miss="split")
+    (message,) = caplog.messages
+    assert "miss='split' has no effect" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"eviction": "lruu"}, ConfigError, "did you mean 'lru'"),
+        ({"eviction": "belady"}, ConfigError, "for `simulate` only"),
+        ({"predictor": "nobody", "prefetch": "on"}, ConfigError, "there is no 'nobody'"),
+        ({"predictor_state": "/proc/nowhere", "prefetch": "on"}, TraceError, "/proc/nowhere"),
+        ({"record_trace": "/proc/nowhere/a.npz"}, TraceError, "cannot be written"),
+        ({"expert_store": "/proc/nowhere"}, StoreError, "/proc/nowhere"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("link", [None, 1.0])
+def test_what_cannot_be_is_refused_and_leaves_no_thread(
+    build: Any, options: dict[str, Any], error: type[Exception], says: str, link: float | None
+) -> None:
+    if "expert_store" in options and link is not None:
+        assert run(build(expert_cache_slots=2, emulate_link=link, **options)), "it packs nothing"
+        return
+    before = threading.active_count()
+    with pytest.raises(error, match=says):
+        build(expert_cache_slots=2, emulate_link=link, **options)
+    assert threading.active_count() == before
+
+
+def test_another_predictor_s_file_is_refused(build: Any, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_state(path, "transition", {"x": np.zeros(3)})
+    options = {"expert_cache_slots": 2, "prefetch": "on", "predictor_state": str(path)}
+    with pytest.raises(TraceError, match="holds what transition learned"):
+        build(predictor="popularity", **options)
+    with pytest.raises(TraceError, match="predictor's file"):
+        build(predictor="transition", **options)
+
+
+def test_stores_are_in_the_user_s_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/a/b")
+    assert default_store_folder() == Path("/a/b/moe_serve/experts")
+    for given in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        monkeypatch.setenv("HOME", "/c")
+        assert default_store_folder() == Path("/c/.cache/moe_serve/experts")
+
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ConfigError, match="give expert_store"):
+        default_store_folder()
