@@ -14,6 +14,8 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 _BINS = 20
 _KEPT = 1.0 - 1.0 / 1000  # of a bin's counts, at each guess that falls into it
+# of so many guesses at once, which powers would take longer to work out
+_FADES = _KEPT ** np.arange(4096)
 _GROUP = 10.0  # guesses that bins are joined up to, before their precision is believed
 _EVIDENCE = 50.0  # guesses above a threshold, without which there is none
 _REFRESH = 2000  # guesses recorded between two looks at the counts
@@ -40,7 +42,7 @@ class Calibration:
         """
         bins = np.minimum((probabilities * _BINS).astype(np.int64), _BINS - 1)
         new = np.bincount(bins, minlength=_BINS)
-        keep = _KEPT**new
+        keep = _FADES.take(new, mode="clip")
         self._guesses[distance] = self._guesses[distance] * keep + new
         self._true[distance] *= keep
         self._true[distance] += np.bincount(bins, weights=was_used, minlength=_BINS)

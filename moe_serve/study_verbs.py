@@ -54,6 +54,10 @@ def simulate(
         list[str] | None,
         typer.Option("--policy", help="A file in experts/policies; again for more."),
     ] = None,
+    predictor: Annotated[
+        list[str] | None,
+        typer.Option("--predictor", help="A file in predictors, to be judged; again for more."),
+    ] = None,
     slots: Annotated[
         list[int] | None, typer.Option("--slots", help="Slots of each layer; again for more.")
     ] = None,
@@ -63,9 +67,12 @@ def simulate(
     scope: Annotated[
         list[str] | None, typer.Option("--scope", help="layer, shared or global; again for more.")
     ] = None,
-    split: Annotated[str, typer.Option(help="all, in-domain or transfer.")] = "all",
+    split: Annotated[str, typer.Option(help="all, prequential, in-domain or transfer.")] = "all",
     learn_from: Annotated[
-        Path | None, typer.Option(help="The trace that policies learn from, for split transfer.")
+        Path | None, typer.Option(help="The trace that is learned from, for split transfer.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first so many sequences.")
     ] = None,
     as_recorded: Annotated[
         bool, typer.Option("--as-recorded", help="The steps that were recorded, not --batch.")
@@ -75,6 +82,14 @@ def simulate(
         typer.Option(help="Keep the leading tokens that all sequences share, or drop them."),
     ] = True,
     record_bytes: Annotated[int, typer.Option(help="Bytes of one expert, for bytes a token.")] = 0,
+    layer_ms: Annotated[
+        float | None,
+        typer.Option(help="Time of one layer of a step, for the virtual clock."),
+    ] = None,
+    link_gb_s: Annotated[
+        float | None,
+        typer.Option(help="Rate at which experts come in, GB/s, for the virtual clock."),
+    ] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Folder for plots (needs the study extra).")
     ] = None,
@@ -82,8 +97,10 @@ def simulate(
 ) -> None:
     """Replay a trace through the cache that serves, beside the best that any policy could do."""
     from moe_serve.experts.trace import read_trace  # imports numpy
-    from moe_serve.study.simulate import SimulateOptions, table
+    from moe_serve.study.plots import check_available, write_plots
+    from moe_serve.study.simulate import SimulateOptions
     from moe_serve.study.simulate import simulate as run
+    from moe_serve.study.tables import tables
 
     given = {
         "policies": tuple(policy or ()),
@@ -97,16 +114,53 @@ def simulate(
         as_recorded=as_recorded,
         learn_from=None if learn_from is None else read_trace(learn_from),
         keep_template=keep_template,
+        sequences=limit,
         record_bytes=record_bytes,
+        predictors=tuple(predictor or ()),
+        layer_s=None if layer_ms is None else layer_ms / 1e3,
+        link_bytes_s=None if link_gb_s is None else link_gb_s * 1e9,
     )
+    if plots is not None:
+        check_available()
     recorded = read_trace(source)
     result = run(recorded, options, progress=note)
     if plots is not None:
-        from moe_serve.study.plots import plot_misses  # needs matplotlib
-
-        for path in plot_misses(result, recorded, plots):
+        for path in write_plots(result, recorded, plots):
             note(f"wrote {path}")
     if as_json:
         print_json(result)
     else:
-        print(table(result))
+        print(tables(result))
+
+
+def train_predictor(
+    source: TraceFile,
+    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
+    predictor: Annotated[str, typer.Option("--predictor", help="A file in predictors.")],
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", min=1, help="How often it sees the trace. [default: its own]"),
+    ] = None,
+) -> None:
+    """Train a predictor on a trace, for --predictor-state to start from."""
+    from moe_serve.experts.predictor_state import write_state  # imports numpy
+    from moe_serve.experts.trace import read_trace
+    from moe_serve.study.prediction import trained_state
+
+    recorded = read_trace(source)
+    state = trained_state(predictor, recorded, epochs)
+    if not state:
+        raise ConfigError(
+            f"{predictor} keeps nothing for a later run; it needs no training, so leave "
+            f"--predictor-state out"
+        )
+    write_state(target, predictor, state)
+    size = sum(array.nbytes for array in state.values())
+    note(
+        f"{target} has what {predictor} learned of {recorded.num_tokens} tokens ({size} bytes); "
+        f"use it with --predictor {predictor} --predictor-state {target}"
+    )
+
+
+train_predictor.__name__ = "train-predictor"  # a verb is called as its function
+verb_of(app)(train_predictor)

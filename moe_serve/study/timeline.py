@@ -95,6 +95,7 @@ class VirtualLink:
         if transfer is None:
             return
         transfer.is_urgent = True
+        transfer.is_given_up = False
         if transfer in self._guesses:
             self._guesses.remove(transfer)
             self._urgent.append(transfer)
@@ -115,6 +116,11 @@ class VirtualLink:
             self.advance(max(0.0, self._busy_until_s - self.now_s))
         ended, self._ended = self._ended, []
         return ended
+
+    def is_known(self, layer: int, expert: int) -> bool:
+        return (layer, expert) in self._of_expert or any(
+            (transfer.layer, transfer.expert) == (layer, expert) for transfer in self._ended
+        )
 
     @property
     def num_guesses(self) -> int:
@@ -173,14 +179,16 @@ def run_timeline(
     policy: EvictionPolicy,
     machine: Machine,
     predictor: Predictor | None = None,
+    guaranteed: int | None = None,
     kind: str = "on",
 ) -> TimelineResult:
     """Run a trace, decode steps as given, on the virtual clock; with a predictor it guesses.
 
-    step_of_token: int64 [num_tokens]. kind: of the prefetcher, "on" or "auto".
+    step_of_token: int64 [num_tokens]. guaranteed: slots that other layers cannot take, where they
+    share; default: top_k. kind: of the prefetcher, "on" or "auto".
     """
     link = VirtualLink(machine)
-    cache = ExpertCache(shape, policy, trace.top_k, record_bytes=machine.record_bytes)
+    cache = ExpertCache(shape, policy, trace.top_k, guaranteed, machine.record_bytes)
     prefetcher = None
     if predictor is not None:
         times = LinkTimes(load_s=machine.load_s, chunk_s=machine.chunk_s)
@@ -189,7 +197,7 @@ def run_timeline(
         _no_kernel, _tables(cache), cache, link, _NO_MEMORY, None, prefetcher, clock=link.clock
     )
     num_steps = 0
-    sequence_of_token = np.searchsorted(trace.seq_offsets, np.arange(trace.num_tokens), "right")
+    sequence_of_token = np.repeat(np.arange(trace.num_seqs), np.diff(trace.seq_offsets))
     order = np.argsort(step_of_token, kind="stable")
     bounds = np.flatnonzero(np.diff(step_of_token[order], prepend=-1, append=-1))
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
@@ -197,7 +205,7 @@ def run_timeline(
         batch = _batch(trace, tokens, sequence_of_token[tokens])
         with experts.step(batch):
             for stopped in _events(trace, tokens):
-                union = np.count_nonzero(stopped.counts)
+                union = int(np.count_nonzero(stopped.counts))
                 for only, _ in experts.serve(stopped):
                     share = 1.0 if only is None else int(only.sum()) / union
                     link.advance(machine.layer_s * share)
@@ -251,15 +259,16 @@ def _batch(
     trace: Trace, tokens: np.ndarray[Any, Any], sequences: np.ndarray[Any, Any]
 ) -> ForwardBatch:
     count = len(tokens)
+    lens = np.unique(sequences, return_counts=True)[1]  # sequences are sorted, as tokens are
     known = trace.token_ids
     none = torch.zeros(count, dtype=torch.int64)
     return ForwardBatch(
         token_ids=none if known is None else torch.from_numpy(known[tokens].astype(np.int64)),
         positions=none,
         sequence_ids=torch.from_numpy(sequences.astype(np.int64)),
-        query_lens=(1,) * count,
-        context_lens=(1,) * count,
-        prompt_lens=(0,) * count,
+        query_lens=tuple(lens.tolist()),
+        context_lens=tuple(lens.tolist()),
+        prompt_lens=(0,) * len(lens),
         slot_mapping=(),
         block_tables=(),
         block_size=1,
