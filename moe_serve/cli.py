@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 try:
     import typer
 
-    from moe_serve import study_verbs  # noqa: F401 - adds its verbs
     from moe_serve.errors import CheckpointError, ConfigError, MoeServeError, RequestError
     from moe_serve.openmp import wait_shortly
     from moe_serve.verbs import (
@@ -221,6 +220,9 @@ def doctor(as_json: AsJson = False, *, runtime: dict[str, Any]) -> None:
     else:
         for line in lines_of(report):
             print(printable(line))
+
+
+import moe_serve.study_verbs  # noqa: E402, F401 - its verbs come after those above
 
 
 def _print_stream(llm: LLM, prompt: Any, params: SamplingParams) -> RequestOutput:

@@ -17,7 +17,7 @@ import pytest
 
 import moe_serve
 import moe_serve.llm
-from moe_serve import cli
+from moe_serve import cli, verbs
 from moe_serve.config import EngineConfig
 from tests.bad_requests import BAD_COMMANDS
 from tests.fake_engine import FakeEngine
@@ -116,8 +116,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sampling_flags_show_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(["generate", "--help"])
     shown = capsys.readouterr().out
-    assert all("[default: " in text for _, _, text in cli.SAMPLING_FLAGS)
-    assert shown.count("[default:") >= len(cli.SAMPLING_FLAGS)
+    assert all("[default: " in text for _, _, text in verbs.SAMPLING_FLAGS)
+    assert shown.count("[default:") >= len(verbs.SAMPLING_FLAGS)
 
 
 def test_verbs_are_these(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +128,9 @@ def test_verbs_are_these(capsys: pytest.CaptureFixture[str]) -> None:
         "chat",
         "batch",
         "doctor",
+        "trace",
+        "simulate",
+        "train-predictor",
         "bench",
     ]
 
@@ -533,4 +536,4 @@ def test_bench_prints_rows(engines: list[FakeEngine], capsys: pytest.CaptureFixt
 
 
 def test_printable() -> None:
-    assert cli.printable("a\x1b[0m\n\u202eb\u00e9\ud800") == "a\\x1b[0m\\n\\u202eb\u00e9\\ud800"
+    assert verbs.printable("a\x1b[0m\n\u202eb\u00e9\ud800") == "a\\x1b[0m\\n\\u202eb\u00e9\\ud800"

@@ -179,7 +179,7 @@ def test_what_is_learned_serves_the_same_tokens(
 
 
 def test_epochs_change_what_is_learned(recorded: Path, tmp_path: Path) -> None:
-    states = []
+    states: list[dict[str, Any]] = []
     for epochs in ("1", "3", "3"):
         path = tmp_path / f"{len(states)}.safetensors"
         assert (

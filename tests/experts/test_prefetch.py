@@ -70,6 +70,9 @@ class Queue:
     def ended(self, wait: bool = False) -> list[Transfer]:
         raise AssertionError("that is not for the prefetcher")
 
+    def is_known(self, layer: int, expert: int) -> bool:
+        raise AssertionError("not asked by a prefetcher")
+
     @property
     def num_guesses(self) -> int:
         return len(self.guesses)

@@ -184,7 +184,9 @@ def test_memory_is_bounded(name: str, routing: Routing) -> None:
                 predictor.observe(observation)
         if sequence in (599, num_seqs - 1):
             sizes.append((held_bytes(predictor), _num_entries(predictor)))
-    assert sizes[0] == sizes[1]
+    (first_bytes, first_entries), (last_bytes, last_entries) = sizes
+    assert first_bytes == last_bytes
+    assert abs(first_entries - last_entries) <= 2  # of a step: some are not learned from
 
 
 def _num_entries(thing: object, depth: int = 3) -> int:

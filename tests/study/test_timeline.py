@@ -105,7 +105,7 @@ def test_the_link_brings_demands_before_guesses() -> None:
     link.advance(0.05e-3)
     link.demand(0, 3, 2)
 
-    order = []
+    order: list[int] = []
     while len(order) < 3:
         order += [transfer.expert for transfer in link.ended(wait=True)]
 
