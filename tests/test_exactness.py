@@ -64,6 +64,22 @@ def test_wide_dummy(tmp_path: Path, dtype: str) -> None:
     _check(exactness.wide_subject(numerics, tmp_path, num_prompts=6, max_tokens=5))
 
 
+# one case of each kind; all of them are in `python -m benchmarks.exactness --experts`
+HELD = ("0 % held", "batch of 1, 25 % held", "eviction learned", "split", "live resize")
+
+
+@DTYPES
+def test_experts_that_do_not_fit_a_wide_dummy(tmp_path: Path, dtype: str) -> None:
+    subject = exactness.wide_subject(exactness.Numerics(dtype), tmp_path, 3, 5)
+    base = subject.run(exactness.BASE)
+    cases = [case for case in exactness.expert_cases(can_fuse=True) if case.name in HELD]
+    assert len(cases) == len(HELD)
+    for case in (*cases, *exactness.random_expert_cases(1, SEED)):
+        outcome = subject.run(replace(case, num_resident=None))
+        assert exactness.differing(outcome, base) == [], case
+        assert outcome.experts["total"]["misses"] > 0
+
+
 # the best one, which the tests above run, is the first native one
 @pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n not in NATIVE[:1]])
 @DTYPES
