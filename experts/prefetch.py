@@ -9,9 +9,11 @@ C), nothing is issued. Knows nothing of the predictor but its contract.
 from __future__ import annotations
 
 import logging
+import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,8 @@ _MOST_PAUSE_STEPS = 16_384
 class PrefetchStats:
     """Since the start. issued: guesses; paused: how often guessing was switched off as a loss.
 
-    predictor_s: seconds spent on predicting and planning; num_layers: in how many layers' events.
+    predictor_s: seconds spent on predicting and planning; num_layers: in how many layers' events;
+    asking_s: of the latest of them, what the predictor alone took.
     """
 
     issued: int = 0
@@ -51,6 +54,7 @@ class PrefetchStats:
     paused: int = 0
     predictor_s: float = 0.0
     num_layers: int = 0
+    asking_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     break_even: float = 1.0
 
 
@@ -116,6 +120,7 @@ class Prefetcher:
         self._pause_until = 0
         self._pause_steps = _FIRST_PAUSE_STEPS
         self._step = 0
+        self._asking_s = 0.0
         self.is_on = True
         self.stats = PrefetchStats()
 
@@ -148,8 +153,10 @@ class Prefetcher:
     def look_ahead(self, layer: int, stopped: Stopped) -> None:
         """Settle what was foretold of an event, show it to the predictor, and plan from there."""
         if self.is_on and self._batch is not None:
+            self._asking_s = 0.0
             self._observe(layer, stopped, self._batch)
             self.plan(layer)
+            self.stats.asking_s.append(self._asking_s)
 
     def _observe(self, layer: int, stopped: Stopped, batch: ForwardBatch) -> None:
         start_s = time.perf_counter()
@@ -160,6 +167,7 @@ class Prefetcher:
                 forecast.distance, forecast.probabilities[asked], is_used[asked]
             )
         hidden = stopped.residual.float().numpy() if "hidden" in self._predictor.needs else None
+        asked_s = time.perf_counter()
         self._predictor.observe(
             Observation(
                 layer=layer,
@@ -170,6 +178,7 @@ class Prefetcher:
                 hidden=hidden,
             )
         )
+        self._asking_s += time.perf_counter() - asked_s
         self.stats.num_layers += 1
         self.stats.predictor_s += time.perf_counter() - start_s
 
@@ -193,7 +202,8 @@ class Prefetcher:
             "given_up": stats.given_up,
             "paused": stats.paused,
             "break_even_precision": stats.break_even,
-            "predictor_us_per_layer": 1e6 * stats.predictor_s / max(1, stats.num_layers),
+            "predictor_us_per_layer": 1e6 * statistics.median(stats.asking_s or (0.0,)),
+            "planning_us_per_layer": 1e6 * stats.predictor_s / max(1, stats.num_layers),
         }
 
     def give_up(self, layer: int) -> None:
@@ -202,7 +212,9 @@ class Prefetcher:
             self.stats.given_up += self._queue.give_up(layer, expert)
 
     def _foretell(self, target: int, distance: int) -> None:
+        asked_s = time.perf_counter()
         probabilities = self._predictor.predict(target, self._sequences)
+        self._asking_s += time.perf_counter() - asked_s
         is_absent = self._cache.absent(target)
         self._forecasts.setdefault(target, []).append(_Forecast(distance, probabilities, is_absent))
         threshold = self._calibration.threshold(distance, self._break_even())

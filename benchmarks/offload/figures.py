@@ -80,6 +80,10 @@ class Figure:
         return sum(sample.counters.get(name, 0) for sample in self.samples) / self.num_tokens
 
     @property
+    def planning_us(self) -> list[float]:
+        return [us for sample in self.samples for us in sample.planning_us]
+
+    @property
     def predictor_us(self) -> list[float]:
         return [us for sample in self.samples for us in sample.predictor_us]
 
@@ -113,9 +117,8 @@ def rows_of(figure: Figure) -> list[Row]:
     if figure.case.link_gb_per_s is None:
         rows += _disk_rows(name, figure)
     if figure.predictor_us:
-        rows.append(
-            Row.of(f"{name}: predictor and planning", figure.predictor_us, "us/layer", limit=20.0)
-        )
+        rows.append(Row.of(f"{name}: predictor", figure.predictor_us, "us/layer", limit=20.0))
+        rows.append(Row.of(f"{name}: predictor and planning", figure.planning_us, "us/layer"))
     return rows
 
 

@@ -98,7 +98,8 @@ class Sample:
 
     seconds: of engine steps. stall_s: of them, waiting for experts. counters: the cache's, by name,
     and of the prefetcher "issued", "given_up" and "paused". disk_bytes: read from disk by this
-    process, as the kernel says; None where it does not. predictor_us: of each step, per layer.
+    process, as the kernel says; None where it does not. predictor_us: of each layer,
+    the predictor alone; planning_us: of each step, per layer, with all that is decided from it.
     """
 
     num_tokens: int
@@ -108,6 +109,7 @@ class Sample:
     counters: dict[str, int] = field(default_factory=dict)
     disk_bytes: int | None = None
     predictor_us: list[float] = field(default_factory=list)
+    planning_us: list[float] = field(default_factory=list)
 
     def per_token(self, name: str) -> float:
         """Return a counter's mean over tokens."""
@@ -187,7 +189,8 @@ class Subject:
             assert all(output.error is None for output in outputs), outputs
             sample.num_tokens += len(outputs)
             if (us := self._us_per_layer(spent)) is not None:
-                sample.predictor_us.append(us)
+                sample.planning_us.append(us)
+                sample.predictor_us += self._asking_us()
         sample.stall_s = self._stall_s() - stall_before
         self._settle()
         sample.counters = {name: count - before[name] for name, count in self._counts().items()}
@@ -224,6 +227,14 @@ class Subject:
             return 0.0, 0
         stats = self.offloaded.prefetcher.stats
         return stats.predictor_s, stats.num_layers
+
+    def _asking_us(self) -> list[float]:
+        """Return what the predictor alone took in the layers of the last step."""
+        assert self.offloaded is not None
+        assert self.offloaded.prefetcher is not None
+        asking_s = self.offloaded.prefetcher.stats.asking_s
+        num_layers = self.offloaded.cache.shape.num_layers
+        return [1e6 * seconds for seconds in list(asking_s)[-num_layers:]]
 
     def _us_per_layer(self, before: tuple[float, int]) -> float | None:
         """Return what guessing took of a step, per layer; None where it was off."""
