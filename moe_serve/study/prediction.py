@@ -29,7 +29,7 @@ from moe_serve.study.replay import batched_steps
 Array = np.ndarray[Any, Any]
 FURTHEST = 6
 BREAK_EVEN = 0.75  # C / (B + C) as measured on a consumer GPU: 142 and 47 microseconds
-EPOCHS = {"learned_ids": 3, "learned_hash": 24}  # of training, where one is not enough
+EPOCHS = {"learned_ids": 3, "learned_hash": 24}  # of training, where not one (docs/log.md)
 # what is counted per step and distance; distance 0 is before the step's first layer
 USED, FOUND, FOUND_TWICE, ISSUED, CORRECT, MISSES = range(6)
 _COUNTS = 6
@@ -164,13 +164,13 @@ def trained_state(name: str, trace: Trace, epochs: int | None = None) -> dict[st
     """Return what a predictor learns from a trace, for a later run to start from.
 
     epochs: how often the trace is shown; None: as often as EPOCHS says, else once. learned_hash has
-    a training of its own. {} where a predictor keeps nothing, and for the oracle, which cannot.
+    a training of its own. {} for what keeps nothing, and for the oracle, which cannot.
     Raises TraceError where the trace lacks what the predictor needs, naming it.
     """
     predictor = make_predictor(name, trace)
     if name == "oracle" or not predictor.state():
         return {}
-    epochs = EPOCHS.get(name, 1) if epochs is None else epochs
+    epochs = epochs or EPOCHS.get(name, 1)
     if name == "learned_hash":
         assert trace.token_ids is not None
         return learned_hash.train(

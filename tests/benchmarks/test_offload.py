@@ -206,7 +206,8 @@ def figure(times: list[float], stalls: list[float], **changes: Any) -> Figure:
             stall_s=stall / 100,
             counters={"bytes": 80_000_000, "misses": 40, "issued": 10},
             disk_bytes=76_000_000,
-            predictor_us=[15.0, 25.0],
+            predictor_us=[5.0, 15.0],
+            planning_us=[15.0, 25.0],
         )
         for ms, stall in zip(times, stalls, strict=True)
     ]
@@ -239,6 +240,7 @@ class TestFigures:
         assert rows["fetched"].limit == pytest.approx(4e6)
         assert rows["misses"].value == pytest.approx(4.0)
         assert rows["read as the kernel says, against fetched"].ratio == pytest.approx(0.95)
+        assert rows["predictor"].value == pytest.approx(10.0)
         assert rows["predictor and planning"].value == pytest.approx(20.0)
         assert "late" not in rows
         assert all("25 %, batch 1, adaptive" in row.name for row in rows_of(figure([4], [1])))
