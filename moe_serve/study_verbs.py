@@ -133,6 +133,7 @@ def simulate(
         print(tables(result))
 
 
+@verb_of(app)
 def train_predictor(
     source: TraceFile,
     target: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
@@ -160,7 +161,3 @@ def train_predictor(
         f"{target} has what {predictor} learned of {recorded.num_tokens} tokens ({size} bytes); "
         f"use it with --predictor {predictor} --predictor-state {target}"
     )
-
-
-train_predictor.__name__ = "train-predictor"  # a verb is called as its function
-verb_of(app)(train_predictor)

@@ -157,7 +157,7 @@ def verb_of(
         )
         verb.__annotations__ = {p.name: p.annotation for p in parameters}
         verb.__doc__ = function.__doc__
-        group.command(function.__name__)(verb)
+        group.command(function.__name__.replace("_", "-"))(verb)
         return function
 
     return add
