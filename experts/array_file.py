@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from moe_serve.errors import TraceError
+from moe_serve.experts.output_file import whole_file
 
 Array = np.ndarray[Any, Any]
 _KIND = "moe_serve"
@@ -23,7 +23,7 @@ def read_arrays(path: Path, kind: str) -> tuple[dict[str, Array], dict[str, str]
         with safetensors.safe_open(path, framework="numpy") as file:
             told = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, TypeError, safetensors.SafetensorError) as error:
         raise TraceError(f"{path}: not a {kind} ({error})") from error
     if told.pop(_KIND, None) != kind:
         raise TraceError(f"{path}: not a {kind} of this version; give another file")
@@ -34,16 +34,9 @@ def write_arrays(
     path: Path, kind: str, arrays: Mapping[str, Array], told: Mapping[str, str]
 ) -> None:
     """Write a file, which appears whole or not at all. Raises TraceError where it cannot be."""
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(
-            safetensors.numpy.save(
-                {name: np.asarray(array, order="C") for name, array in arrays.items()},
-                {_KIND: kind, **told},
-            )
-        )
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise TraceError(f"{path}: cannot be written ({error.strerror})") from error
+    data = safetensors.numpy.save(
+        {name: np.asarray(array, order="C") for name, array in arrays.items()},
+        {_KIND: kind, **told},
+    )
+    with whole_file(path) as file:
+        file.write(data)

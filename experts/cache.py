@@ -348,11 +348,28 @@ class ExpertCache:
 
     # -- size --------------------------------------------------------------------------------------
 
-    def resize(self, shape: CacheShape) -> list[tuple[int, int]]:
-        """Take another number of slots, between events; return moves (from slot, to slot).
+    def clear(self) -> None:
+        """Empty all slots, and forget what was loading: nothing may write to a slot any more."""
+        self._event = None
+        self._loading.clear()
+        self._guessed.clear()
+        self.slot_of_expert.fill(ABSENT)
+        for row in self._slot:
+            row[:] = [ABSENT] * len(row)
+        for residents in self._residents:
+            residents.clear()
+        self._num_held = [0] * self.shape.num_layers
+        self._lowest = [None] * self.shape.num_layers
+        self._free = list(range(self.shape.total_slots - 1, -1, -1))
+
+    def resize(self, shape: CacheShape) -> list[tuple[int, int, int, int]]:
+        """Take another number of slots, between events.
+
+        Returns moves (layer, expert, from slot, to slot).
 
         The slots that stay are the first ones. Those least worth keeping are evicted; who survives
-        in a slot that goes is moved: the caller copies its record before anything else happens.
+        in a slot that goes is moved: it is loading until the caller, having copied its record, says
+        `moved`.
         Nothing may be loading. Raises CapacityError for less than top_k slots a layer.
         """
         check_capacity(shape, self.top_k)
@@ -372,11 +389,20 @@ class ExpertCache:
         for layer, row in enumerate(self._slot):
             for expert in self._residents[layer]:
                 if row[expert] >= stays:
-                    moves.append((row[expert], free.pop()))
-                    row[expert] = moves[-1][1]
-                    self.slot_of_expert[layer, expert] = row[expert]
+                    moves.append((layer, expert, row[expert], free.pop()))
+        for layer, expert, _, target in moves:
+            self.slot_of_expert[layer, expert] = ABSENT
+            self._residents[layer].remove(expert)
+            self._slot[layer][expert] = target
+            self._loading[layer, expert] = target
         self._free = free
         return moves
+
+    def moved(self, layer: int, expert: int) -> None:
+        """Say that an expert's record was copied to the slot that `resize` gave it."""
+        slot = self._loading.pop((layer, expert))
+        self.slot_of_expert[layer, expert] = slot
+        insort(self._residents[layer], expert)
 
     def _shrink(self, shape: CacheShape) -> None:
         """Evict what the new shape has no room for."""
@@ -412,9 +438,10 @@ class ExpertCache:
         """Return (layer, expert) of all that is loading."""
         return list(self._loading)
 
-    def loading(self, layer: int) -> list[int]:
-        """Return the experts of a layer that are on their way."""
-        return [expert for other, expert in self._loading if other == layer]
+    def guesses(self, layer: int) -> list[int]:
+        """Return the experts of a layer that are on their way by a guess."""
+        keys = self._guessed.intersection(self._loading)
+        return sorted(expert for other, expert in keys if other == layer)
 
     def residents(self, layer: int) -> list[int]:
         """Return the resident experts of a layer, sorted."""

@@ -43,6 +43,10 @@ class Experts(Protocol):
         """End what runs beside the steps, and write what is to be kept."""
         ...
 
+    def abandon(self) -> None:
+        """End what runs beside the steps, and write nothing: the engine was not built."""
+        ...
+
 
 class ResidentExperts:
     """Every expert of every MoE layer, held in memory. layers: tables by layer.
@@ -96,10 +100,15 @@ class ResidentExperts:
 
     def close(self) -> None:
         """Write the trace and the profile, if they were asked for."""
-        if self.recorder is not None:
-            self.recorder.close()
-        if self._keeper is not None:
-            self._keeper.write(self.layers)
+        try:
+            if self.recorder is not None:
+                self.recorder.close()
+        finally:
+            if self._keeper is not None:
+                self._keeper.write(self.layers)
+
+    def abandon(self) -> None:
+        """See `Experts`: nothing runs."""
 
 
 class _Noting:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.comm.base import Inbox
-from moe_serve.errors import CapacityError, StoreError
+from moe_serve.errors import CapacityError, MoeServeError, StoreError
 from moe_serve.experts.cache import Event, ExpertCache, Wave, check_capacity
 from moe_serve.experts.executor import Replay
 from moe_serve.experts.policies.base import CacheShape
@@ -80,10 +80,10 @@ class GrowingSlots:
 
     def __init__(self, num_slots: int, most_slots: int, record_bytes: int) -> None:
         """Raises CapacityError where there is no memory for `num_slots`."""
-        self.most_slots = most_slots
         self._record_bytes = record_bytes
         self._memory = GrowingMemory(most_slots * record_bytes, num_slots * record_bytes)
-        self.records = self._memory.tensor.view(most_slots, record_bytes)
+        self.records = self._memory.tensor.view(-1, record_bytes)
+        self.most_slots = self.records.shape[0]
 
     def resize(self, num_slots: int) -> None:
         """See `SlotMemory`."""
@@ -141,7 +141,12 @@ class OffloadedExperts:
         self.stats = OffloadStats([0.0] * len(layers))
         self._step = 0
         self._notes: StepNotes | None = None
+        self._is_broken = False
         self._next_layer = 0  # of this step: the first one whose event the cache was not told
+
+    @property
+    def slot_bytes(self) -> int:
+        return int(self._memory.records.shape[1])
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -154,6 +159,8 @@ class OffloadedExperts:
             self.replay(batch, self._notes)
         self._next_layer = 0
         try:
+            if self._is_broken:
+                self._begin_anew()
             self._collect(self.queue.ended())
             self._forget_lost()
             if self.prefetcher is not None:
@@ -162,6 +169,11 @@ class OffloadedExperts:
             self._tell_hits(len(self._model_layers))
             if self.recorder is not None:
                 self.recorder.add(self._step, batch, self._notes)
+        except MoeServeError:
+            raise
+        except BaseException:  # an interrupt, anywhere: the books may not agree
+            self._is_broken = True
+            raise
         finally:
             self.cache.abandon()
             self._step += 1
@@ -239,15 +251,19 @@ class OffloadedExperts:
         old = self.cache.shape.total_slots
         if shape.total_slots > old:
             self._memory.resize(shape.total_slots)
-        for origin, target in self.cache.resize(shape):
+        for layer, expert, origin, target in self.cache.resize(shape):
             self._memory.records[target] = self._memory.records[origin]
+            self.cache.moved(layer, expert)
         if shape.total_slots < old:
             self._memory.resize(shape.total_slots)
 
     def preload(self, experts: Iterable[tuple[int, int]]) -> None:
-        """Start to bring (layer, expert) in, in this order, while there are free slots."""
+        """Start to bring (layer, expert) in, in this order, while there are free slots.
+
+        What a step needs meanwhile comes first.
+        """
         for layer, expert, slot in self.cache.preload(experts):
-            self.queue.demand(layer, expert, slot)
+            self.queue.guess(layer, expert, slot)
 
     def report(self) -> dict[str, Any]:
         """Return counters per layer and in total, and the times of waiting, since the start."""
@@ -269,11 +285,17 @@ class OffloadedExperts:
 
     def close(self) -> None:
         """Stop the transfers, and write the trace and the profile, if they were asked for."""
+        self.abandon()
+        try:
+            if self.recorder is not None:
+                self.recorder.close()
+        finally:
+            if self._keeper is not None:
+                self._keeper.write(self.layers, self.cache.policy.state())
+
+    def abandon(self) -> None:
+        """Stop the transfers, and write nothing."""
         self.queue.close()
-        if self.recorder is not None:
-            self.recorder.close()
-        if self._keeper is not None:
-            self._keeper.write(self.layers, self.cache.policy.state())
 
     # -- an event ----------------------------------------------------------------------------------
 
@@ -305,8 +327,11 @@ class OffloadedExperts:
         if self.prefetcher is not None:
             self.prefetcher.give_up(layer)
         left = len(event.expert_ids)
-        in_place = self._run_in_place(event, counts)
+        in_place: list[int] = []
         try:
+            in_place += self._choose_in_place(event, counts)
+            for expert in in_place:
+                self.cache.slot_of_expert[layer, expert] = self._host_slot(layer, expert)
             for number, wave in enumerate(self._waves(event, in_place)):
                 for expert, slot in wave.loads:
                     self.queue.demand(layer, expert, slot)
@@ -356,20 +381,34 @@ class OffloadedExperts:
         needed = () if event is None else event.expert_ids
         error: Exception | None = None
         for transfer in ended:
-            if transfer.has_arrived:
-                self.cache.loaded(transfer.layer, transfer.expert)
+            layer, expert = transfer.layer, transfer.expert
+            if transfer.is_whole:
+                self.cache.loaded(layer, expert)
                 continue
-            self.cache.failed(transfer.layer, transfer.expert, transfer.at)
+            is_needed = event is not None and layer == event.layer and expert in needed
+            if is_needed and transfer.error is None:  # given up just before it was needed
+                self.queue.demand(layer, expert, transfer.slot)
+                continue
+            self.cache.failed(layer, expert, transfer.at)
             if transfer.error is not None:
                 logger.warning(
                     "expert %d of MoE layer %d: %s", transfer.expert, transfer.layer, transfer.error
                 )
-            if event is not None and transfer.layer == event.layer and transfer.expert in needed:
+            if is_needed:
                 error = transfer.error
         if isinstance(error, (OSError, RuntimeError, MemoryError)):
             raise StoreError(f"an expert could not be brought in: {error}") from error
         if error is not None:
             raise error
+
+    def _begin_anew(self) -> None:
+        """Empty all slots: it costs misses, and nothing else."""
+        for layer, expert in self.cache.under_way():
+            self.queue.give_up(layer, expert)
+        while self.queue.is_busy:
+            self.queue.ended(wait=True)
+        self.cache.clear()
+        self._is_broken = False
 
     def _forget_lost(self) -> None:
         """Free slots whose transfers an interrupt took away between their end and `_collect`."""
@@ -378,8 +417,12 @@ class OffloadedExperts:
                 if not self.queue.is_known(layer, expert):
                     self.cache.failed(layer, expert)
 
-    def _run_in_place(self, event: Event, counts: Mapping[int, int]) -> list[int]:
-        """Choose misses that run in host memory, and let the kernels find them there."""
+    def _host_slot(self, layer: int, expert: int) -> int:
+        assert self._host is not None
+        return self._host.slot(layer, expert)
+
+    def _choose_in_place(self, event: Event, counts: Mapping[int, int]) -> list[int]:
+        """Choose misses that run in host memory, and take them off the event."""
         if self._host is None or not event.misses:
             return []
         chosen = self._host.planner.in_place(
@@ -387,8 +430,6 @@ class OffloadedExperts:
             [counts[expert] for expert in event.hits],
         )
         self.cache.computed(event, chosen)
-        for expert in chosen:
-            self.cache.slot_of_expert[event.layer, expert] = self._host.slot(event.layer, expert)
         return chosen
 
     def _only(self, experts: Sequence[int]) -> Tensor:

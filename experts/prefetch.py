@@ -73,6 +73,7 @@ class _Window:
 
     steps: int = 0
     issued: int = 0
+    given_up: int = 0
     useful: int = 0
     wasted: int = 0
     late: int = 0
@@ -133,8 +134,10 @@ class Prefetcher:
         if not self.is_on:
             return
         start_s = time.perf_counter()
-        self._batch = batch
+        self._batch = batch if batch.num_tokens else None
         self._forecasts.clear()
+        if self._batch is None:
+            return
         sequence_ids = batch.sequence_ids.numpy()
         self._sequences = list(dict.fromkeys(sequence_ids.tolist()))
         none = np.empty((batch.num_tokens, 0))
@@ -208,7 +211,7 @@ class Prefetcher:
 
     def give_up(self, layer: int) -> None:
         """Drop the guesses for a layer that has been reached: what is needed was hurried."""
-        for expert in self._cache.loading(layer):
+        for expert in self._cache.guesses(layer):
             self.stats.given_up += self._queue.give_up(layer, expert)
 
     def _foretell(self, target: int, distance: int) -> None:
@@ -259,7 +262,9 @@ class Prefetcher:
         wasted = total["wasted"] - self._window.wasted
         spent_s = self.stats.predictor_s - self._window.predictor_s
         gained_s = (useful + late / 2) * self._link.load_s
+        given_up = self.stats.given_up - self._window.given_up
         lost_s = wasted * (self._link.chunk_s / 2 + self._link.load_s) + spent_s
+        lost_s += given_up * self._link.chunk_s
         if gained_s < lost_s:
             self.is_on = False
             self.stats.paused += 1
@@ -280,6 +285,7 @@ class Prefetcher:
         self._window = _Window(
             0,
             self.stats.issued,
+            self.stats.given_up,
             total["useful"],
             total["wasted"],
             total["late"],

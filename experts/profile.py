@@ -5,6 +5,7 @@ What was used longer ago counts less: every run halves what the runs before it l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from moe_serve.errors import TraceError
 from moe_serve.experts.array_file import Array, read_arrays, write_arrays
+from moe_serve.experts.output_file import output_path
 from moe_serve.kernels.moe.base import ExpertTable
 
 _KIND = "usage profile 1"
@@ -57,8 +59,10 @@ class ProfileKeeper:
         for index, layer in enumerate(sorted(layers)):
             counted = layers[layer].uses.numpy()
             uses[index, : len(counted)] += counted
-        profile = UsageProfile(self.before.model_id, uses, self._policy, policy_state or {})
-        write_profile(self.path, profile)
+        policy, state = self._policy, policy_state
+        if state is None:  # none ran: what an earlier one learned is kept
+            policy, state = self.before.policy, self.before.policy_state
+        write_profile(self.path, UsageProfile(self.before.model_id, uses, policy, state))
 
 
 def read_profile(path: Path, model_id: str, num_layers: int, num_experts: int) -> UsageProfile:
@@ -66,7 +70,7 @@ def read_profile(path: Path, model_id: str, num_layers: int, num_experts: int) -
 
     Raises TraceError for a file that is none, or of another model.
     """
-    if not path.exists():
+    if not os.path.lexists(output_path(path)):
         return UsageProfile(model_id, np.zeros((num_layers, num_experts)))
     arrays, told = read_arrays(path, _KIND)
     uses = arrays.pop("uses", np.empty(0))
@@ -76,6 +80,8 @@ def read_profile(path: Path, model_id: str, num_layers: int, num_experts: int) -
             f"{list(uses.shape)} experts), not of this one ({model_id}, "
             f"{[num_layers, num_experts]}); give another file"
         )
+    if not np.issubdtype(uses.dtype, np.floating) or not (np.isfinite(uses) & (uses >= 0)).all():
+        raise TraceError(f"{path}: uses must be finite numbers from 0 on; remove the file")
     state = {name.removeprefix(_POLICY): array for name, array in arrays.items()}
     return UsageProfile(model_id, uses, told.get("policy", ""), state)
 

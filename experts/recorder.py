@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from moe_serve.errors import TraceError
+from moe_serve.experts.output_file import output_path
 from moe_serve.experts.trace import DECODE, PREFILL, Trace, write_trace
 from moe_serve.types import ForwardBatch, Routing
 
@@ -48,7 +49,7 @@ class RoutingRecorder:
 
         Raises TraceError where nothing can be written.
         """
-        self.path = path
+        self.path = output_path(path)
         self._layers = layers
         self._rows = torch.tensor(layers)
         self._num_experts = num_experts
@@ -56,9 +57,8 @@ class RoutingRecorder:
         self._model_id = model_id
         self._dtype = np.uint8 if num_experts <= 256 else np.uint16
         try:
-            path.touch()
             self._files: dict[str, BinaryIO] = {
-                name: tempfile.TemporaryFile(buffering=0, dir=path.parent)  # noqa: SIM115 - until close
+                name: tempfile.TemporaryFile(buffering=0, dir=self.path.parent)  # noqa: SIM115 - until close
                 for name in ("ids", "weights", "tokens")
             }
         except OSError as error:
@@ -120,10 +120,7 @@ class RoutingRecorder:
         for file in self._files.values():
             file.close()
         self._files.clear()
-        try:
-            write_trace(self.path, trace)
-        except OSError as error:
-            raise TraceError(f"{self.path}: cannot be written ({error.strerror})") from error
+        write_trace(self.path, trace)
         return trace
 
     def _read(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Array:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from moe_serve.errors import TraceError
+from moe_serve.experts.output_file import whole_file
 
 Array = np.ndarray[Any, Any]
 _NEEDED = ("ids", "weights", "seq_offsets", "layer_ids", "num_experts", "top_k")
 PREFILL, DECODE = 0, 1
+_MOST_EXPERTS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +135,18 @@ def _count(path: Path, fields: dict[str, Array], name: str) -> int:
 
 def _check(path: Path, trace: Trace) -> None:
     """Refuse a trace whose arrays do not fit together."""
+    if not len(trace.layer_ids):
+        raise TraceError(f"{path}: a trace of no layers")
+    if not 1 <= trace.num_experts <= _MOST_EXPERTS:
+        raise TraceError(
+            f"{path}: num_experts is {trace.num_experts}; up to {_MOST_EXPERTS} can be"
+        )
+    if trace.step is not None and trace.num_tokens:
+        first, last = int(trace.step.min()), int(trace.step.max())
+        if not 0 <= first <= last < 2**31:
+            raise TraceError(
+                f"{path}: steps go from {first} to {last}; they must be 0 to 2**31 - 1"
+            )
     shape = (trace.num_tokens, len(trace.layer_ids), trace.top_k)
     if trace.ids.ndim != 3 or trace.ids.shape != shape or trace.weights.shape != shape:
         raise TraceError(
@@ -166,7 +180,10 @@ def _check(path: Path, trace: Trace) -> None:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Write `trace`, so that `read_trace` gives it back; the file appears whole or not at all."""
+    """Write `trace`, so that `read_trace` gives it back; the file appears whole or not at all.
+
+    Raises TraceError where it cannot be written.
+    """
     fields: dict[str, Any] = {
         "ids": trace.ids,
         "weights": trace.weights,
@@ -180,11 +197,5 @@ def write_trace(path: Path, trace: Trace) -> None:
             fields[name] = getattr(trace, name)
     if trace.model_id is not None:
         fields["model_id"] = np.str_(trace.model_id)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, **fields)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        np.savez_compressed(file, **fields)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from moe_serve.errors import CapacityError
 from moe_serve.experts.store import ExpertStore
 
 CHUNK_BYTES = 2**20  # less is slower on disks (docs/log.md), more makes what is needed wait
@@ -42,7 +43,7 @@ class Source(Protocol):
 
 @dataclass(slots=True)
 class Transfer:
-    """One record on its way. at: bytes that have arrived."""
+    """One record on its way. at: bytes that have arrived; is_whole: all did, and were verified."""
 
     layer: int
     expert: int
@@ -50,11 +51,8 @@ class Transfer:
     is_urgent: bool
     is_given_up: bool = False
     at: int = 0
+    is_whole: bool = False
     error: Exception | None = None
-
-    @property
-    def has_arrived(self) -> bool:
-        return self.error is None and not self.is_given_up
 
 
 class Transfers(Protocol):
@@ -72,7 +70,7 @@ class Transfers(Protocol):
         ...
 
     def hurry(self, layer: int, expert: int) -> None:
-        """Say that a guess is needed now."""
+        """Say that a guess is needed now. One that has ended by then stays as it has ended."""
         ...
 
     def give_up(self, layer: int, expert: int) -> bool:
@@ -91,6 +89,11 @@ class Transfers(Protocol):
 
     def is_known(self, layer: int, expert: int) -> bool:
         """Return whether a transfer of this expert waits, runs, or has ended uncollected."""
+        ...
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any transfer waits or runs."""
         ...
 
     @property
@@ -125,8 +128,16 @@ class TransferQueue:
             threading.Thread(target=self._run, name=f"expert-transfer-{index}", daemon=True)
             for index in range(num_threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:  # a limit of memory, or of threads
+            self._threads = [thread for thread in self._threads if thread.ident is not None]
+            self.close()
+            raise CapacityError(
+                f"no thread could be started to bring experts in ({error}); raise the limits "
+                "of the process (ulimit -v, -u)"
+            ) from error
 
     def demand(self, layer: int, expert: int, slot: int) -> None:
         self._add(Transfer(layer, expert, slot, is_urgent=True), self._urgent)
@@ -149,7 +160,7 @@ class TransferQueue:
     def give_up(self, layer: int, expert: int) -> bool:
         with self._lock:
             transfer = self._of_expert.get((layer, expert))
-            if transfer is None or transfer.is_urgent:
+            if transfer is None or transfer.is_urgent or transfer.is_given_up:
                 return False
             transfer.is_given_up = True
             if transfer in self._guesses:
@@ -169,6 +180,10 @@ class TransferQueue:
             return (layer, expert) in self._of_expert or any(
                 (transfer.layer, transfer.expert) == (layer, expert) for transfer in self._ended
             )
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._of_expert)
 
     @property
     def num_guesses(self) -> int:
@@ -211,33 +226,34 @@ class TransferQueue:
                 if self._is_closing:
                     return
                 transfer = (self._urgent or self._guesses).popleft()
-            is_done = self._move(transfer)
+            self._move(transfer)
             with self._lock:
-                if is_done or self._is_closing or transfer.is_given_up:
+                has_ended = transfer.is_whole or transfer.error is not None
+                if has_ended or self._is_closing or transfer.is_given_up:
                     self._end(transfer)
                 elif transfer.is_urgent:  # hurried just now
                     self._urgent.appendleft(transfer)
                 else:
                     self._guesses.appendleft(transfer)
 
-    def _move(self, transfer: Transfer) -> bool:
-        """Read on; return whether it has ended, and not only given way."""
+    def _move(self, transfer: Transfer) -> None:
+        """Read on, to the end or until something else comes first."""
         layer, expert = transfer.layer, transfer.expert
         try:
             size = self._source.record_bytes(layer)
             record = self.records[transfer.slot, :size]
             while transfer.at < size:
                 if transfer.is_given_up or self._is_closing:
-                    return True
+                    return
                 if not transfer.is_urgent and self._urgent:
-                    return False
+                    return
                 end = size if transfer.is_urgent else min(size, transfer.at + self._chunk_bytes)
                 self._source.read_chunk(layer, expert, record, transfer.at, end)
                 transfer.at = end
             self._source.verify(layer, expert, record)
+            transfer.is_whole = True
         except Exception as error:  # whatever it is, it belongs to the step that waits
             transfer.error = error
-        return True
 
 
 class StoreSource:

@@ -33,7 +33,6 @@ try:
         UsageFault,
         app,
         bench,
-        close_run,
         config_of,
         drop_stdout,
         load,
@@ -42,6 +41,7 @@ try:
         note_lines,
         print_json,
         printable,
+        show_run,
         utf8_stdin,
         verb_of,
     )
@@ -99,7 +99,7 @@ def generate(
     else:
         outputs = llm.generate(listed, params, priority=given.priorities)
         print_json(_json_report(llm, outputs)) if as_json else _print_texts(outputs)
-    close_run(llm, outputs)
+    show_run(llm, outputs)
 
 
 @verb_of(app, without=NOT_OF_CHAT)
@@ -158,7 +158,7 @@ def batch(
         f"{report.num_lines} answers in {target}: {report.num_resumed} were there before, "
         f"{report.num_failed} are to lines that failed"
     )
-    close_run(llm, [])
+    show_run(llm, [])
 
 
 @verb_of(bench)
@@ -285,7 +285,7 @@ def _print_bench(llm: LLM, rows: Sequence[Any], as_json: bool) -> None:
     else:
         for row in rows:
             print(row.line())
-    close_run(llm, [])
+    show_run(llm, [])
 
 
 def _chat_lines() -> Iterator[str]:
@@ -331,7 +331,7 @@ def _answer(llm: LLM, params: SamplingParams, history: list[dict[str, str]], lin
         note(f"error: {answer.error} (the conversation is as it was before)")
         return False
     history[:] = [*messages, {"role": "assistant", "content": answer.text}]
-    close_run(llm, [])
+    show_run(llm, [])
     return True
 
 

@@ -30,6 +30,7 @@ _MAX_COUNT = 2**31 - 1
 _MAX_SEQS = 2**20
 _MAX_THREADS = 2**12
 _MAX_KV_GIB = 2**20
+_LEAST_LINK = 1e-3
 
 
 def _within(name: str, value: int | None, low: int, high: int = _MAX_COUNT) -> None:
@@ -195,8 +196,11 @@ class ExpertsConfig:
         _within("expert_cache_slots", self.expert_cache_slots, 1)
         for name in ("expert_cache_gb", "emulate_link"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= _MAX_KV_GIB:
-                raise ConfigError(f"{name} is {value}; it must be above 0, at most {_MAX_KV_GIB}")
+            least = _LEAST_LINK if name == "emulate_link" else 0.0
+            if value is not None and not least < value <= _MAX_KV_GIB:
+                raise ConfigError(
+                    f"{name} is {value}; it must be above {least:g}, at most {_MAX_KV_GIB}"
+                )
         if self.expert_cache_slots is not None and self.expert_cache_gb is not None:
             raise ConfigError(
                 "expert_cache_slots and expert_cache_gb both set the experts' memory; give one"

@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self, cast
 
 from moe_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_options
 from moe_serve.engine.build import build_engine
-from moe_serve.errors import CheckpointError, ConfigError, RequestError
+from moe_serve.errors import CheckpointError, ConfigError, MoeServeError, RequestError
 from moe_serve.hub import resolve_model
 from moe_serve.models.hf_config import (
     GENERATION_FILE,
@@ -157,7 +157,7 @@ class LLM:
                 vocab_size,
             )
         self.engine = engine
-        self._end = weakref.finalize(self, engine.close)
+        self._end = weakref.finalize(self, _close_quietly, engine)
         self.tokenizer = tokenizer
         self.requests = RequestMaker(
             vocab_size=vocab_size,
@@ -178,7 +178,8 @@ class LLM:
         Also done when the object goes, and at the interpreter's exit; twice does no harm. Raises
         TraceError for what cannot be written.
         """
-        self._end()
+        if self._end.detach() is not None:
+            self.engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -489,6 +490,14 @@ class _Run:
                 llm._untold = deque(o for o in llm._untold if o.request_id not in self._mine)
             self._mine.clear()
         llm.last_run = self._meter.read(llm.engine.stats())
+
+
+def _close_quietly(engine: TokenEngine) -> None:
+    """Close an engine whose owner is gone: there is nobody to raise to."""
+    try:
+        engine.close()
+    except MoeServeError as error:
+        logger.error("%s", error)
 
 
 def _is_local(name: str) -> bool:

@@ -15,10 +15,10 @@ from moe_serve.verbs import (
     Prompts,
     PromptSource,
     app,
-    close_run,
     load,
     note,
     print_json,
+    show_run,
     verb_of,
 )
 
@@ -43,7 +43,7 @@ def trace(
     if all(layer.moe is None for layer in llm.engine.spec.layers):
         raise ConfigError(f"{llm.model} is dense: it has no experts, so no routing to record")
     outputs = llm.generate(given.prompts(llm), params, priority=given.priorities)
-    close_run(llm, outputs)
+    show_run(llm, outputs)
     note(f"the experts of every token are in {target}")
 
 

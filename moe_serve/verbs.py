@@ -20,7 +20,7 @@ import typer
 
 from moe_serve import plugin
 from moe_serve.config import EngineConfig, OptionField, option_fields, resolve_options
-from moe_serve.errors import ConfigError, RequestError
+from moe_serve.errors import ConfigError, MoeServeError, RequestError
 
 if TYPE_CHECKING:
     from moe_serve.llm import LLM
@@ -65,6 +65,7 @@ SAMPLING_FLAGS: tuple[tuple[str, Any, str], ...] = (
         "many of the best are kept too, which only Python's API shows. [default: none]",
     ),
 )
+_OPEN: list[LLM] = []  # what `load` made and the verb has not closed
 # the engine's options that say what computes
 RUNTIME_FLAGS = ("kernels", "isa", "threads", "config")
 
@@ -151,6 +152,13 @@ def verb_of(
                 function(**given)
             except BrokenPipeError:
                 raise typer.Exit(drop_stdout()) from None
+            except BaseException:
+                try:
+                    _close_all()
+                except MoeServeError as error:  # what came first is what is told last
+                    note(f"error: {error}")
+                raise
+            _close_all()
 
         verb.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
@@ -161,6 +169,12 @@ def verb_of(
         return function
 
     return add
+
+
+def _close_all() -> None:
+    """Close the models that the verb loaded: traces and profiles are written now."""
+    while _OPEN:
+        _OPEN.pop().close()
 
 
 Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", show_default=False)]
@@ -186,6 +200,7 @@ def load(
     given = {"max_tokens": DEFAULT_MAX_TOKENS, **sampling}
     SamplingParams.from_mapping(given)
     llm = LLM(config=config_of(engine), chat_template=chat_template)
+    _OPEN.append(llm)
     return llm, dataclasses.replace(llm.default_sampling_params(), **given)
 
 
@@ -198,8 +213,8 @@ def print_json(report: dict[str, Any]) -> None:
     print(json.dumps(report), flush=True)
 
 
-def close_run(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
-    """End a run with its figures, and with exit code 1 if an output failed."""
+def show_run(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
+    """Show a run's figures, and what failed, if anything; then the exit code is 1."""
     failed = [
         f"prompt {index}: {completion.error}"
         for index, output in enumerate(outputs)
@@ -215,7 +230,6 @@ def close_run(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
         from moe_serve.text.run_metrics import experts_line  # imports torch
 
         note(experts_line(experts), program="")
-    llm.close()
     if failed:
         raise typer.Exit(1)
 

@@ -92,6 +92,7 @@ class FakeEngine:
     def add(self, request: Request) -> None:
         if len(request.prompt_ids) > self._capacity:
             raise CapacityError(f"{len(request.prompt_ids)} tokens; at most {self._capacity}")
+        assert not self.is_closed
         self.added.append(request)
         for index in range(request.sampling.n):
             self._outputs.append(_Output(request, index, self._reply(request, index)))

@@ -406,6 +406,7 @@ def test_chat_keeps_the_conversation(
     assert first == third
     assert len(second) > len(first)
     assert captured.out == "<Hi\n<Hi\n<Hi\n"
+    assert engines[0].is_closed
     assert "no command '/nothing'" in captured.err
 
 

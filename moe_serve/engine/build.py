@@ -16,7 +16,8 @@ from moe_serve.engine.expert_parts import ExpertParts, read_usage
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.memory import available_bytes, num_kv_blocks
 from moe_serve.engine.model_runner import ModelRunner
-from moe_serve.engine.residency import plan_residency
+from moe_serve.engine.policies.base import Policy
+from moe_serve.engine.residency import Residency, plan_residency
 from moe_serve.engine.sampler import Sampler
 from moe_serve.engine.scheduler import Scheduler
 from moe_serve.errors import ConfigError
@@ -62,7 +63,25 @@ def build_engine(
     weights, experts = ExpertParts(
         config, spec, dtype, kernels, residency, folder, numerics_id, keeper, on_progress
     ).load()
-    model = Decoder(spec, weights, experts, kernels, max_model_len)
+    try:
+        model = Decoder(spec, weights, experts, kernels, max_model_len)
+        return _engine(config, policy, model, residency, num_blocks, numerics_id, clock)
+    except BaseException:
+        experts.abandon()
+        raise
+
+
+def _engine(
+    config: EngineConfig,
+    policy: Policy,
+    model: Decoder,
+    residency: Residency,
+    num_blocks: tuple[int, ...],
+    numerics_id: str,
+    clock: Callable[[], float],
+) -> Engine:
+    """Put an engine around a model that is loaded."""
+    spec, max_model_len, kernels = model.spec, model.max_model_len, model.kernels
     block_size = config.kv.block_size
     kv = KVCacheManager(
         model.groups,

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_serve.config import EngineConfig
+from moe_serve.engine.memory import available_bytes
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.scheduler import Scheduler
-from moe_serve.errors import ConfigError, MoeServeError, RequestError
+from moe_serve.errors import CapacityError, ConfigError, MoeServeError, RequestError
 from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.models.spec import ModelSpec
 from moe_serve.types import Request, StepOutput
@@ -55,10 +56,12 @@ class Engine:
         self.max_model_len = max_model_len
         self.numerics_id = numerics_id
         self._model_bytes = model_bytes
+        self._is_closed = False
         self._kv_bytes = kv_bytes
 
     def add(self, request: Request) -> None:
         """Admit a request, or refuse it at once: RequestError or CapacityError."""
+        self._refuse_if_closed()
         self._check_ids(request)
         self.scheduler.add(request)
 
@@ -68,6 +71,8 @@ class Engine:
         A step that cannot be run (out of memory, say) ends the outputs that took part in it with
         an error, and all others go on. An interrupt loses nothing: its step is run again.
         """
+        if self.scheduler.has_unfinished:
+            self._refuse_if_closed()
         step = self.scheduler.schedule()
         if step is None:
             return []
@@ -110,20 +115,34 @@ class Engine:
         Raises CapacityError for fewer than a token uses, or more than memory can hold; ConfigError
         where the engine was built to hold all experts.
         """
+        self._refuse_if_closed()
         experts = self.runner.model.experts
         if not isinstance(experts, OffloadedExperts):
             raise ConfigError(
                 "all experts are held, so there is no cache to resize; build the engine with "
                 "expert_cache_slots or expert_cache_gb"
             )
-        experts.resize(experts.cache.shape.with_slots(slots_per_layer))
+        shape = experts.cache.shape.with_slots(slots_per_layer)
+        more = (shape.total_slots - experts.cache.shape.total_slots) * experts.slot_bytes
+        if more > (available := available_bytes()):
+            raise CapacityError(
+                f"{slots_per_layer} expert slots a layer need {more} bytes more, but {available} "
+                "are available; give fewer"
+            )
+        experts.resize(shape)
+        self._model_bytes += more
 
     def close(self) -> None:
         """Stop what runs beside the steps, and write traces and profiles that were asked for.
 
         No step may follow. Raises TraceError for what cannot be written.
         """
+        self._is_closed = True
         self.runner.model.experts.close()
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise ConfigError("the engine was closed; make another one")
 
     def _check_ids(self, request: Request) -> None:
         """Refuse token ids that the model does not have, wherever a request names them."""

@@ -109,9 +109,11 @@ class ExpertParts:
         packed to disk, CapacityError, ConfigError.
         """
         shape = self._residency.shape
+        keeper, name = self._keeper, self._config.experts.eviction
+        for package, given in (("experts.policies", name), ("predictors", self._predictor_name)):
+            plugin.load(f"moe_serve.{package}", given)  # a wrong name is wrong wherever experts are
         if shape is None:
             return self._resident()
-        keeper, name = self._keeper, self._config.experts.eviction
         state = None
         if keeper is not None and keeper.before.policy == name:
             state = keeper.before.policy_state
@@ -181,19 +183,27 @@ class ExpertParts:
         store = open_or_pack(
             path, layout, self._spec, self._kernels, self._fill_experts(), self._on_progress
         )
-        others = self._fill_others()
         shape = cache.shape
-        memory = GrowingSlots(
-            shape.total_slots, shape.num_layers * shape.num_experts, self._residency.slot_bytes
-        )
+        try:
+            others = self._fill_others()
+            memory = GrowingSlots(
+                shape.total_slots, shape.num_layers * shape.num_experts, self._residency.slot_bytes
+            )
+        except BaseException:
+            store.close()
+            raise
         source = StoreSource(store, self._layers)
         return others, _Tier(source, TransferQueue(source, memory.records, DISK_THREADS), memory)
 
     # -- parts -------------------------------------------------------------------------------------
 
+    @property
+    def _predictor_name(self) -> str:
+        return self._config.experts.predictor
+
     def _predictor(self, cache: ExpertCache) -> Callable[[Gates], Predictor]:
         """Return what makes the predictor, once its name and its file were found to be right."""
-        module = plugin.load("moe_serve.predictors", self._config.experts.predictor)
+        module = plugin.load("moe_serve.predictors", self._predictor_name)
         state = self._predictor_state()
         shape = PredictorShape(
             num_layers=cache.shape.num_layers,

@@ -71,7 +71,7 @@ def num_kv_blocks(
         wanted = blocks_per_request * config.scheduler.max_num_seqs
         share = int(free * _KV_SHARE) if kv_bytes is None else min(free, kv_bytes)
         count = max(1, min(wanted, share // block_bytes))
-        if count < wanted:
+        if count < wanted and kv_bytes is None:
             logger.info(
                 "KV cache: %d blocks of %d tokens, a quarter of the free memory; %d requests of "
                 "full length (%d tokens) would fill %d: lower max_model_len, or give kv_cache_gb",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +27,21 @@ from moe_serve.experts.records import RECORD_ALIGNMENT
 from moe_serve.kernels.suite import Kernels
 from moe_serve.models.checkpoint import weights_bytes
 from moe_serve.models.expert_weights import moe_layers, names_without_experts
-from moe_serve.models.spec import ModelSpec
+from moe_serve.models.spec import ModelSpec, MoeSpec
 
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
+_OF_A_CACHE = (
+    "expert_cache_scope",
+    "eviction",
+    "prefetch",
+    "predictor",
+    "predictor_state",
+    "miss",
+    "expert_store",
+)
 # of what experts could get by `auto`: the rest is for work space and the transfers' own
 _SHARE_OF_FREE = 0.9
 
@@ -106,7 +116,9 @@ def plan_residency(
     if options.emulate_link is None and slots >= len(layers) * num_experts:
         if options.is_limited:
             logger.info("all %d experts of each layer are held: the budget allows it", num_experts)
+        _warn_of_unused(options)
         return Residency(None, slot_bytes, all_bytes, top_k)
+    _refuse_unlike_layers(moes)
     shape = _shape(options, len(layers), num_experts, min(slots, len(layers) * num_experts))
     least_bytes = other_bytes + top_k * len(layers) * slot_bytes
     num_kv_blocks(config, spec, dtype, max_model_len, available, least_bytes)
@@ -191,14 +203,33 @@ def _check(
         ) from error
 
 
+def _refuse_unlike_layers(moes: Sequence[MoeSpec]) -> None:
+    """Raise ConfigError for layers that differ in how many experts there are, or are used."""
+    kinds = {(moe.router.num_experts, moe.router.top_k) for moe in moes}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"the layers have {sorted(kinds)} (experts, experts of a token), and only where all "
+            "are alike can a part of them be held: give the experts more memory, or none of the "
+            "options that limit it"
+        )
+
+
+def _given(options: ExpertsConfig, names: Collection[str]) -> list[str]:
+    """Return which of these options have another value than by default."""
+    defaults = ExpertsConfig()
+    return [name for name in names if getattr(options, name) != getattr(defaults, name)]
+
+
+def _warn_of_unused(options: ExpertsConfig) -> None:
+    """Say which options do nothing where all experts are held."""
+    given = _given(options, _OF_A_CACHE)
+    if given:
+        logger.warning("all experts are held, so there is no effect of: %s", ", ".join(given))
+
+
 def _warn_of_dense(options: ExpertsConfig) -> None:
     """Say that options about experts do nothing for a dense model."""
-    defaults = ExpertsConfig()
-    given = [
-        name
-        for name in ExpertsConfig.__slots__
-        if getattr(options, name) != getattr(defaults, name)
-    ]
+    given = _given(options, ExpertsConfig.__slots__)
     if given:
         logger.warning(
             "the model is dense: it has no experts, so there is nothing to cache or to record; "

@@ -128,6 +128,7 @@ class Decoder:
         self.spec = spec
         self.kernels = kernels
         self.experts = experts
+        self.max_model_len = max_model_len
         embedding = weights.pop("embedding")
         self.dtype = embedding.dtype
         self.groups: tuple[CacheGroup, ...] = spec.cache_groups(self.dtype.itemsize)

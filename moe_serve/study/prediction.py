@@ -167,6 +167,8 @@ def trained_state(name: str, trace: Trace, epochs: int | None = None) -> dict[st
     a training of its own. {} for what keeps nothing, and for the oracle, which cannot.
     Raises TraceError where the trace lacks what the predictor needs, naming it.
     """
+    if not trace.num_tokens:
+        raise TraceError(f"trace {trace.name} has no tokens to learn from; give a longer one")
     predictor = make_predictor(name, trace)
     if name == "oracle" or not predictor.state():
         return {}

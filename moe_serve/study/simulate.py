@@ -242,6 +242,14 @@ class _Study:
             cut = int(_LEARNING_SHARE * trace.num_seqs)
             other = trace.sequences(0, cut)
             trace = trace.sequences(cut, trace.num_seqs)
+        if other is not None and other.num_tokens == 0:
+            raise TraceError(f"trace {other.name} has no tokens to learn from; give a longer one")
+        too_many = [slots for slots in self.options.slots if slots > trace.num_experts]
+        if too_many:
+            raise ConfigError(
+                f"{too_many[0]} slots a layer, but a layer has {trace.num_experts} experts; give "
+                "at most that"
+            )
         if trace.num_tokens == 0:
             raise TraceError(f"trace {trace.name} has no tokens left to replay; give a longer one")
         self.measured = trace

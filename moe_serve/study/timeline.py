@@ -123,6 +123,10 @@ class VirtualLink:
         )
 
     @property
+    def is_busy(self) -> bool:
+        return bool(self._of_expert)
+
+    @property
     def num_guesses(self) -> int:
         return sum(not transfer.is_urgent for transfer in self._of_expert.values())
 
@@ -164,7 +168,8 @@ class VirtualLink:
     def _finish_chunk(self) -> None:
         transfer, self._running = self._running, None
         assert transfer is not None
-        if transfer.is_given_up or transfer.at >= self._machine.record_bytes:
+        transfer.is_whole = transfer.at >= self._machine.record_bytes
+        if transfer.is_given_up or transfer.is_whole:
             self._end(transfer)
         elif transfer.is_urgent:
             self._urgent.appendleft(transfer)

@@ -140,7 +140,7 @@ def test_a_split_of_what_is_on_disk_says_that_it_is_none(
         ({"eviction": "belady"}, ConfigError, "for `simulate` only"),
         ({"predictor": "nobody", "prefetch": "on"}, ConfigError, "there is no 'nobody'"),
         ({"predictor_state": "/proc/nowhere", "prefetch": "on"}, TraceError, "/proc/nowhere"),
-        ({"record_trace": "/proc/nowhere/a.npz"}, TraceError, "cannot be written"),
+        ({"record_trace": "/proc/nowhere/a.npz"}, TraceError, "its folder is not there"),
         ({"expert_store": "/proc/nowhere"}, StoreError, "/proc/nowhere"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,

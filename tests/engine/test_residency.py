@@ -136,16 +136,23 @@ def test_less_than_a_token_uses_is_refused(
 def test_layers_of_several_shapes_take_slots_of_the_largest(spec: ModelSpec) -> None:
     moe = spec.layers[1].moe
     assert moe is not None
-    router = dataclasses.replace(moe.router, top_k=3)
-    wide = dataclasses.replace(moe, router=router, intermediate_size=100)
+    wide = dataclasses.replace(moe, intermediate_size=100)
     both = dataclasses.replace(
         spec, layers=(spec.layers[0], dataclasses.replace(spec.layers[1], moe=wide))
     )
     found = plan(both, expert_cache_slots=3)
     assert found.slot_bytes == 5 * 4096  # 64 + 3 * 16 * 100 * 4 bytes
-    assert found.top_k == 3
-    with pytest.raises(CapacityError, match="a token uses 3 experts"):
-        plan(both, expert_cache_slots=2)
+
+
+def test_layers_that_differ_in_how_many_are_used_are_refused(spec: ModelSpec) -> None:
+    moe = spec.layers[1].moe
+    assert moe is not None
+    other = dataclasses.replace(moe, router=dataclasses.replace(moe.router, top_k=3))
+    both = dataclasses.replace(
+        spec, layers=(spec.layers[0], dataclasses.replace(spec.layers[1], moe=other))
+    )
+    with pytest.raises(ConfigError, match="only where all are alike"):
+        plan(both, expert_cache_slots=3)
 
 
 def test_a_dense_model_has_nothing_to_hold(

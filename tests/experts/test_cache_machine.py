@@ -170,11 +170,14 @@ class World:
         while self.on_its_way:
             self.settle_one(rng)
         old = dict(self.arrived)
-        for source, target in self.cache.resize(shape_of(slots, self.is_shared)):
+        for layer, expert, source, target in self.cache.resize(shape_of(slots, self.is_shared)):
             assert target not in {slot for slot in self.arrived if slot != source} or not any(
                 self.cache.slot_of_expert[key] == target for key in [old[target]]
             ), "a record was moved over one that stays"
+            assert old[source] == (layer, expert)
+            assert not self.cache.is_resident(layer, expert), "read before it was copied"
             self.arrived[target] = old[source]
+            self.cache.moved(layer, expert)
         self.seen["resized"] += 1
 
     # -- what must hold ------------------------------------------------------------------------

@@ -74,6 +74,10 @@ class Queue:
         raise AssertionError("not asked by a prefetcher")
 
     @property
+    def is_busy(self) -> bool:
+        raise AssertionError("not asked by a prefetcher")
+
+    @property
     def num_guesses(self) -> int:
         return len(self.guesses)
 
@@ -164,7 +168,7 @@ def test_the_surest_that_are_absent_are_guessed_in_order() -> None:
     parts.event(0, 0, 1)
     assert guessed(parts) == [(1, 3), (1, 5), (1, 2)], "what is below the price is not"
     assert all(slot >= 0 for _, _, slot in parts.queue.guesses)
-    assert sorted(parts.cache.loading(1)) == [2, 3, 5]
+    assert parts.cache.guesses(1) == [2, 3, 5]
     parts.arrive()
     parts.event(0, 0, 1)
     assert guessed(parts) == [], "what is there is no candidate"
@@ -212,7 +216,7 @@ def test_a_guess_displaces_nothing_that_is_as_likely() -> None:
     parts.event(0, 0, 1)
     assert guessed(parts) == [(1, 2)]
     assert parts.cache.residents(1) == [0], "the less likely one left"
-    assert parts.cache.loading(1) == [2]
+    assert parts.cache.guesses(1) == [2]
 
 
 def test_guesses_for_a_layer_that_was_reached_are_given_up() -> None:

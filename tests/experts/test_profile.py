@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_the_hottest_of_each_layer_come_before_any_second() -> None:
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "a.profile"
+    path = tmp_path / "a.profile"
     state = {"heat": np.arange(6.0).reshape(2, 3), "age": np.array(4)}
     write_profile(path, UsageProfile("m", USES, "heat", state))
     read = read_profile(path, "m", 2, 3)
@@ -73,8 +74,14 @@ def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:
         path.write_bytes(bad)
         with pytest.raises(TraceError, match=rf"^{path}: not a usage profile"):
             read_profile(path, "m", 2, 3)
-    with pytest.raises(TraceError, match="not a usage profile"):
+    with pytest.raises(TraceError, match="no regular file"):
         read_profile(tmp_path, "m", 2, 3)
+    with pytest.raises(TraceError, match="its folder is not there"):
+        read_profile(tmp_path / "no" / "a", "m", 2, 3)
+    for wrong in (np.full((2, 3), np.nan), -USES, USES > 0):
+        write_profile(path, UsageProfile("m", wrong))
+        with pytest.raises(TraceError, match="finite numbers"):
+            read_profile(path, "m", 2, 3)
 
 
 def test_what_cannot_be_written_leaves_what_there_was(
@@ -83,12 +90,10 @@ def test_what_cannot_be_written_leaves_what_there_was(
     path = tmp_path / "a"
     write_profile(path, UsageProfile("m", USES))
 
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:10])
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(TraceError, match=r"cannot be written \(No space"):
         write_profile(path, UsageProfile("m", USES * 2))
     monkeypatch.undo()

@@ -178,7 +178,7 @@ def test_a_trace_that_cannot_be_written_whole_replaces_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TraceError, match="No space"):
         write_trace(path, a_trace(model_id="other"))
     assert read_trace(path).model_id == "00ff"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.npz"]

@@ -140,7 +140,7 @@ def test_what_is_demanded_arrives_in_its_slot_in_one_read(make: Make) -> None:
     queue.demand(3, 7, 2)
     (transfer,) = collect(queue, 1)
     assert (transfer.layer, transfer.expert, transfer.slot) == (3, 7, 2)
-    assert transfer.has_arrived
+    assert transfer.is_whole
     assert bool(queue.records[2].eq(byte_of(3, 7)).all())
     assert not queue.records[[0, 1, 3, 4, 5]].any()
     assert source.reads == [(7, 0, NUM_CHUNKS)]
@@ -159,7 +159,7 @@ def test_a_guess_comes_in_chunks_and_gives_way_between_two(make: Make) -> None:
     source.let(100)
     ended = collect(queue, 3)
     assert [transfer.expert for transfer in ended] == [3, 1, 2]
-    assert all(transfer.has_arrived for transfer in ended)
+    assert all(transfer.is_whole for transfer in ended)
     assert source.reads[:2] == [(1, 0, 1), (3, 0, NUM_CHUNKS)]
     # it goes on where it was, before guesses that came after it
     assert source.reads[2:] == [(1, at, at + 1) for at in (1, 2, 3)] + [
@@ -209,7 +209,7 @@ def test_to_hurry_what_has_ended_does_nothing(make: Make) -> None:
     queue.hurry(0, 1)
     assert queue.ended() == []
     queue.guess(0, 1, 0)  # it can be brought in again
-    assert collect(queue, 1)[0].has_arrived
+    assert collect(queue, 1)[0].is_whole
 
 
 def test_a_waiting_guess_is_given_up_without_a_read(make: Make) -> None:
@@ -222,7 +222,7 @@ def test_a_waiting_guess_is_given_up_without_a_read(make: Make) -> None:
     (transfer,) = queue.ended()
     assert transfer.expert == 2
     assert transfer.is_given_up
-    assert not transfer.has_arrived
+    assert not transfer.is_whole
     source.let(100)
     collect(queue, 1)
     assert [expert for expert, _, _ in source.reads] == [1]
@@ -237,7 +237,7 @@ def test_a_running_guess_is_given_up_after_its_chunk(make: Make) -> None:
     assert queue.ended() == [], "its slot is still written to"
     source.let(100)
     (transfer,) = collect(queue, 1)
-    assert not transfer.has_arrived
+    assert not transfer.is_whole
     assert source.reads == [(1, 0, 1)]
 
 
@@ -250,7 +250,7 @@ def test_what_is_needed_or_has_ended_is_not_given_up(make: Make) -> None:
     assert not queue.give_up(0, 1)
     assert not queue.give_up(0, 2)
     source.let(100)
-    assert all(transfer.has_arrived for transfer in collect(queue, 2))
+    assert all(transfer.is_whole for transfer in collect(queue, 2))
     assert not queue.give_up(0, 1)
 
 
@@ -271,7 +271,7 @@ def test_a_guess_that_was_given_up_and_is_needed_after_all_arrives(
     source.let(100)
     if not has_ended:
         transfers = {transfer.expert: transfer for transfer in collect(queue, 1)}
-        assert transfers[1].has_arrived
+        assert transfers[1].is_whole
     assert has_ended != is_running
 
 
@@ -283,10 +283,10 @@ def test_a_source_that_fails_ends_that_transfer_only(make: Make, kind: type[Exce
     queue.guess(0, 1, 0)
     (failed,) = collect(queue, 1)
     assert isinstance(failed.error, kind)
-    assert not failed.has_arrived
+    assert not failed.is_whole
     queue.demand(0, 1, 0)
     queue.demand(0, 2, 1)
-    assert all(transfer.has_arrived for transfer in collect(queue, 2))
+    assert all(transfer.is_whole for transfer in collect(queue, 2))
 
 
 @pytest.mark.parametrize("kind", [AssertionError, ValueError, KeyError])
@@ -320,7 +320,7 @@ def test_closing_ends_threads_and_leaves_nobody_waiting(make: Make) -> None:
     assert len(source.reads) == 2, "what waited was still read"
     ended = collect(queue, 6)
     assert {transfer.expert for transfer in ended} == set(range(6))
-    assert not any(transfer.has_arrived for transfer in ended if transfer.expert > 1)
+    assert not any(transfer.is_whole for transfer in ended if transfer.expert > 1)
     queue.close()
 
 
@@ -381,7 +381,7 @@ class Model:
         for transfer in ended:
             key = (transfer.layer, transfer.expert)
             assert self._under_way.pop(key) == transfer.slot, "lost, or ended twice"
-            if transfer.has_arrived:
+            if transfer.is_whole:
                 assert bool(self._queue.records[transfer.slot].eq(byte_of(*key)).all())
                 self.num_ended["arrived"] += 1
             elif transfer.error is not None:
@@ -446,6 +446,6 @@ def test_a_store_is_read_by_the_number_among_moe_layers(tmp_path: Path) -> None:
         queue.guess(1, 2, 1)
         ended = collect(queue, 2)
         queue.close()
-    assert all(transfer.has_arrived for transfer in ended), [t.error for t in ended]
+    assert all(transfer.is_whole for transfer in ended), [t.error for t in ended]
     assert torch.equal(queue.records[0, HEADER_BYTES:8192], weights_of(2, 3, 8192))
     assert torch.equal(queue.records[1, HEADER_BYTES:], weights_of(4, 2, 12288))

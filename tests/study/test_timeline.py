@@ -122,4 +122,4 @@ def test_a_guess_that_was_given_up_and_is_needed_after_all_arrives() -> None:
 
     (transfer,) = link.ended(wait=True)
 
-    assert transfer.has_arrived
+    assert transfer.is_whole

@@ -47,7 +47,8 @@ class GrowingMemory:
     """Memory whose size changes while what is in it stays where it is.
 
     Addresses are reserved once, for the most it can become; only the part in use counts as memory,
-    also against limits of a process. Where the system cannot do that, all of it is allocated.
+    also against a limit of a process's data. Where a limit of addresses is in the way, it stays as
+    large as it is at first; where the system cannot do any of this, all of it is allocated.
     """
 
     def __init__(self, most_bytes: int, num_bytes: int) -> None:
@@ -63,10 +64,10 @@ class GrowingMemory:
             self._memory = mmap.mmap(
                 -1, most_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0
             )
-        except (OSError, ValueError, OverflowError) as error:
-            raise CapacityError(
-                f"no addresses for {most_bytes} bytes of weights ({error}); use a smaller model"
-            ) from error
+        except (OSError, ValueError, OverflowError):
+            self._most_bytes, self._protect = num_bytes, None
+            self.tensor = allocate(num_bytes)
+            return
         address = np.frombuffer(self._memory, np.uint8).ctypes.data
         self._first = -address % _HUGE_PAGE
         # not of the map itself, which passes for read-only

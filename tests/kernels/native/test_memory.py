@@ -102,9 +102,12 @@ def test_only_what_is_in_use_counts_as_memory(repository: Path) -> None:
     assert shares == pytest.approx([1.0, 0.25, 0.0, 1.0], abs=0.1)
 
 
-def test_no_addresses_are_a_capacity_error() -> None:
-    with pytest.raises(CapacityError, match=f"no addresses for {2**60} bytes of weights"):
-        GrowingMemory(2**60, 0)
+def test_without_addresses_for_the_most_it_stays_as_it_is_at_first() -> None:
+    memory = GrowingMemory(2**60, 3 * PAGE)
+    assert memory.tensor.numel() == 3 * PAGE
+    memory.tensor.fill_(7)
+    with pytest.raises(CapacityError):
+        GrowingMemory(2**60, 2**59)
 
 
 def test_sizes_beyond_the_most_are_a_fault() -> None:
