@@ -407,6 +407,7 @@ class OffloadedExperts:
             self.queue.give_up(layer, expert)
         while self.queue.is_busy:
             self.queue.ended(wait=True)
+        self.queue.ended()  # what ended before, too, is of slots that are free now
         self.cache.clear()
         self._is_broken = False
 
