@@ -177,7 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.save:
         command = recorded_command("benchmarks.offload", sys.argv[1:] if argv is None else argv)
         path = write_results(
-            f"offload-{trace.name}", found, command=command, numerics_id=numerics_id
+            f"offload-{'-'.join(arguments.tier)}-{trace.name}",
+            found,
+            command=command,
+            numerics_id=numerics_id,
         )
         print(f"written: {path}")
     return 0
