@@ -356,7 +356,7 @@ class TestCommand:
         words += ["--batch", "2", "--warm", "2", "--steps", "2", "--rounds", "2", "--save"]
         assert command.main(words) == 0
         [(name, rows, rest)] = saved
-        assert name == "offload-tiny"
+        assert name == "offload-disk-link-tiny"
         assert "--replay-routing FOLDER/tiny.npz" in rest["command"]
         assert str(tmp_path) not in rest["command"]
         times = [row for row in rows if row.name.endswith("routing tiny: time")]
