@@ -21,7 +21,7 @@ import moe_serve
 from moe_serve.config import RuntimeConfig
 from moe_serve.engine.memory import available_bytes
 from moe_serve.kernels import suite
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from moe_serve.kernels.native.machine import measure_bandwidth
 from moe_serve.kernels.suite import Kernels
 
@@ -44,15 +44,15 @@ def examine(config: RuntimeConfig) -> dict[str, Any]:
     return report_of(suite.load(config.kernels, config.isa), _opened_library())
 
 
-def _opened_library() -> library.Native | None:
+def _opened_library() -> loader.Native | None:
     """Return the native library, also where the options choose other kernels."""
     try:
-        return library.load()
-    except library.NotBuilt:  # which the kernels give as their reason
+        return loader.load()
+    except loader.NotBuilt:  # which the kernels give as their reason
         return None
 
 
-def report_of(kernels: Kernels, native: library.Native | None) -> dict[str, Any]:
+def report_of(kernels: Kernels, native: loader.Native | None) -> dict[str, Any]:
     """Describe kernels and machine; native, if there is one, measures the memory."""
     available = available_bytes()
     bandwidth = measure_bandwidth(native, min(_MOST_MEASURED_BYTES, available // 8))
@@ -68,7 +68,7 @@ def report_of(kernels: Kernels, native: library.Native | None) -> dict[str, Any]
             "implementations": implementations(kernels),
         },
         "isa": {
-            "supported": list(library.supported_isas(library.open_library())) if native else [],
+            "supported": list(loader.supported_isas(loader.open_library())) if native else [],
             "chosen": kernels.isa,
         },
         "cpu": {

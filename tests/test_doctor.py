@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_serve import cli, doctor
-from moe_serve.kernels.native import library, machine
+from moe_serve.kernels.native import loader, machine
 from moe_serve.kernels.native.machine import Bandwidth
 
 KEYS = {
@@ -34,7 +34,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let memory be as fast as it says here; the list is of how many bytes were asked for."""
     asked: list[int] = []
 
-    def measured(native: library.Native | None, num_bytes: int) -> Bandwidth:
+    def measured(native: loader.Native | None, num_bytes: int) -> Bandwidth:
         asked.append(num_bytes)
         by = "torch" if native is None else "native"
         return Bandwidth(50e9, 20e9, num_bytes, torch.get_num_threads(), by)
@@ -78,13 +78,13 @@ def test_every_kernel_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bandwidth   read 50.0 GB/s, copy 20.0 GB/s" in "\n".join(lines)
 
 
-@pytest.mark.parametrize("isa", library.ISAS)
+@pytest.mark.parametrize("isa", loader.ISAS)
 def test_the_instruction_set_is_the_one_asked_for(
     isa: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if library.built_path() is None:
+    if loader.built_path() is None:
         pytest.skip("the native library is not built")
-    if isa not in library.supported_isas(library.open_library()):
+    if isa not in loader.supported_isas(loader.open_library()):
         assert cli.run(["doctor", "--isa", isa]) == 2
         assert f"isa is '{isa}'" in capsys.readouterr().err
         return
@@ -100,14 +100,14 @@ def test_the_instruction_set_is_the_one_asked_for(
 def test_without_the_library_it_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(library, "built_path", lambda: None)
-    library.open_library.cache_clear()
+    monkeypatch.setattr(loader, "built_path", lambda: None)
+    loader.open_library.cache_clear()
     try:
         assert cli.run(["doctor", "--kernels", "cpu"]) == 2
         assert "install a C++ compiler" in capsys.readouterr().err
         report = report_of(capsys)
     finally:
-        library.open_library.cache_clear()
+        loader.open_library.cache_clear()
     assert report["kernels"]["name"] == "reference"
     assert "install a C++ compiler" in report["kernels"]["reason"]
     assert report["isa"] == {"supported": [], "chosen": None}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_serve.kernels.native import library
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native import loader
+from moe_serve.kernels.native.loader import Native
 from moe_serve.kernels.native.machine import measure_bandwidth
 from tests.test_wheel import needs_compiler
 
@@ -24,7 +24,7 @@ MIB = 2**20
 @pytest.fixture
 def built() -> Path:
     """The library of this tree."""
-    path = library.built_path()
+    path = loader.built_path()
     if path is None:
         pytest.skip("the native library is not built")
     return path
@@ -32,7 +32,7 @@ def built() -> Path:
 
 @pytest.fixture
 def native(built: Path) -> Native:
-    return library.load("plain", built)
+    return loader.load("plain", built)
 
 
 @pytest.mark.parametrize(("key", "suffix"), [("sources", ".cpp"), ("depends", ".h")])
@@ -49,7 +49,7 @@ def test_the_install_built_the_library() -> None:
         importlib.metadata.version("moe-serve")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("runs from the tree alone")
-    assert library.load().isa in library.ISAS
+    assert loader.load().isa in loader.ISAS
 
 
 def test_the_library_brings_no_threads_of_its_own(built: Path) -> None:
@@ -61,7 +61,7 @@ def test_every_instruction_set_has_every_function(built: Path) -> None:
     symbols = re.findall(rb"\bms_(?!has_)\w+", built.read_bytes())
     names = {
         isa: {s.removesuffix(isa.encode()) for s in symbols if s.endswith(isa.encode())}
-        for isa in library.ISAS
+        for isa in loader.ISAS
     }
     assert b"ms_linear_" in names["plain"]
     if names["avx512_bf16"]:  # built for another processor family otherwise

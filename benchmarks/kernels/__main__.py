@@ -31,7 +31,7 @@ from benchmarks.results import Row, recorded_command, write_results
 from moe_serve.config import RuntimeConfig
 from moe_serve.errors import ConfigError
 from moe_serve.kernels import suite
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from moe_serve.kernels.suite import Kernels
 
 TABLES: dict[str, rows.Cases] = {
@@ -96,7 +96,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     default = RuntimeConfig()
     parser.add_argument("--only", default=",".join(known), help=f"some of: {', '.join(known)}")
     parser.add_argument("--kernels", choices=suite.KERNELS, default=default.kernels)
-    parser.add_argument("--isa", choices=("auto", *library.ISAS), default=default.isa)
+    parser.add_argument("--isa", choices=("auto", *loader.ISAS), default=default.isa)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="of measuring, for each line (%(default)s)"
@@ -120,8 +120,8 @@ def run(arguments: argparse.Namespace) -> tuple[list[Row], str]:
     workload, seconds = WORKLOADS[arguments.workload], arguments.seconds
     kernels = suite.load(arguments.kernels, arguments.isa)
     try:
-        native = library.load()
-    except library.NotBuilt:
+        native = loader.load()
+    except loader.NotBuilt:
         native = None  # torch measures the limits
     limits = Limits(native, workload.cold_bytes)
     print(f"{kernels.numerics_id} ({kernels.reason}), {torch.get_num_threads()} threads")

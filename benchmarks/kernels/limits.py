@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.timing import Work
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.loader import Native
 from moe_serve.kernels.native.memory import allocate
 
 _NUM_WINDOWS = 8

@@ -28,7 +28,7 @@ from benchmarks.peers.shape import Shape
 from moe_serve.config import EngineConfig
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.engine import Engine
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from moe_serve.types import Request, SamplingParams
 
 _BLOCK_SIZE = 16
@@ -51,7 +51,7 @@ def active_bytes(shape: Shape, num_experts: int, num_kv_tokens: int) -> int:
     return _BF16 * (weights + num_kv_tokens * kv_elements) + _FP32 * routers
 
 
-class _TimedNative(library.Native):
+class _TimedNative(loader.Native):
     """Native kernels that add up the seconds spent in each function."""
 
     def __init__(self, loaded: ctypes.CDLL, isa: str) -> None:
@@ -106,14 +106,14 @@ class StepBench:
         workload = self._workload
         length = workload.step_prompt + self._max_tokens
         blocks = max(workload.step_requests) * (math.ceil(length / _BLOCK_SIZE) + 1)
-        load = library.load
+        load = loader.load
 
-        def load_timed(isa: str = "auto") -> library.Native:
-            native = _TimedNative(library.open_library(), load(isa).isa)
+        def load_timed(isa: str = "auto") -> loader.Native:
+            native = _TimedNative(loader.open_library(), load(isa).isa)
             self._spent = native.spent
             return native
 
-        with tempfile.TemporaryDirectory() as name, mock.patch.object(library, "load", load_timed):
+        with tempfile.TemporaryDirectory() as name, mock.patch.object(loader, "load", load_timed):
             folder = Path(name)
             (folder / "config.json").write_text(json.dumps(workload.shape.config()))
             given = {

@@ -25,7 +25,7 @@ from moe_serve.kernels import suite
 from moe_serve.kernels.forward import cpu as forward_cpu
 from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.moe.base import ExpertTable, plain_weights
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from moe_serve.kernels.rope.base import Heads
 from moe_serve.kernels.suite import Kernels
 from moe_serve.types import RouterRecipe, RouterScore
@@ -253,8 +253,8 @@ def main() -> None:
     # and past a packed weight or an arena, which otherwise lie in pages of their own
     for module in (linear_cpu, records):
         mock.patch.object(module, "allocate", _exact).start()
-    with mock.patch.object(library, "built_path", return_value=path):
-        isas = library.supported_isas(library.open_library())
+    with mock.patch.object(loader, "built_path", return_value=path):
+        isas = loader.supported_isas(loader.open_library())
         sets = [suite.load("cpu", isa) for isa in isas]
     made: collections.Counter[str] = collections.Counter()
     deadline_s = time.monotonic() + seconds

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from moe_serve.kernels.native import library
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native import loader
+from moe_serve.kernels.native.loader import Native
 from moe_serve.kernels.native.pointers import dtype_code
 
 ROWS, OUT_FEATURES, IN_FEATURES = 3, 33, 65
@@ -56,9 +56,9 @@ WRONG_CALLS = {
 def main() -> None:
     path, name = Path(sys.argv[1]), sys.argv[2]
     isa, dtype, short = WRONG_CALLS[name]
-    if isa not in library.supported_isas(library.open_library(path)):
+    if isa not in loader.supported_isas(loader.open_library(path)):
         isa = "plain"
-    _linear(library.load(isa, path), short, dtype)
+    _linear(loader.load(isa, path), short, dtype)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.linear import reference as linear_reference
 from moe_serve.kernels.moe import cpu as moe_cpu
 from moe_serve.kernels.moe import reference as moe_reference
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from moe_serve.kernels.paged_attention import cpu as attention_cpu
 from moe_serve.kernels.paged_attention import reference as attention_reference
 from moe_serve.kernels.rms_norm import cpu as norm_cpu
@@ -86,13 +86,13 @@ def load(name: str = "auto", isa: str = "auto") -> Kernels:
             raise ConfigError(f"isa is {isa!r}, but the reference kernels have none; leave it out")
         return _reference("asked for")
     try:
-        native = library.load(isa)
+        native = loader.load(isa)
         if name == "auto" and isa == "auto" and native.isa == "plain":
             reason = "faster than plain C++, which is all the library has for this processor"
             logger.warning("kernels: reference (plain torch): %s", reason)
             return _reference(reason)
         return _cpu(native, "the best here" if isa == "auto" else "asked for")
-    except library.NotBuilt as error:
+    except loader.NotBuilt as error:
         if isa != "auto":
             raise ConfigError(f"isa is {isa!r}, but {error}") from error
         if name == "cpu":
@@ -101,14 +101,14 @@ def load(name: str = "auto", isa: str = "auto") -> Kernels:
         return _reference(str(error))
 
 
-def _cpu(native: library.Native, reason: str) -> Kernels:
+def _cpu(native: loader.Native, reason: str) -> Kernels:
     linear, norm = linear_cpu.LinearKernels(native), norm_cpu.NormKernels(native)
     router, moe = router_cpu.RouterKernels(native), moe_cpu.MoeKernels(native)
     return Kernels(
         name="cpu",
         isa=native.isa,
         reason=reason,
-        numerics_id=f"cpu{library.ABI}-{native.isa}",
+        numerics_id=f"cpu{loader.ABI}-{native.isa}",
         pack=linear.pack,
         linear=linear.linear,
         gather=linear.gather,

@@ -24,7 +24,7 @@ from benchmarks.kernels.timing import (
 )
 from benchmarks.kernels.workload import WORKLOADS
 from benchmarks.results import write_results
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from moe_serve.kernels.suite import Kernels
 from tests.kernels.implementations import IMPLEMENTATIONS
 from tests.kernels.implementations import kernels as kernels_named
@@ -153,7 +153,7 @@ def test_the_torch_limits_read_and_copy_all_of_a_window(limits: Limits) -> None:
 
 @pytest.mark.skipif(len(IMPLEMENTATIONS) == 1, reason="the native library is not built")
 def test_the_native_limits_take_time() -> None:
-    native = Limits(library.load(), 2**16)
+    native = Limits(loader.load(), 2**16)
     assert native.measured_by == "native"
     for work in (native.read, native.copy):
         assert [0 < float(str(work.run(turn))) < 1 for turn in range(9)] == [True] * 9

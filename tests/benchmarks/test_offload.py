@@ -23,13 +23,13 @@ from moe_serve.experts.policies import lru
 from moe_serve.experts.policies.base import CacheShape
 from moe_serve.experts.recorder import StepNotes
 from moe_serve.experts.trace import Trace, write_trace
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from moe_serve.study.replay import batched_steps, replay
 from moe_serve.types import ForwardBatch
 
 try:
-    library.load()
-except library.NotBuilt:
+    loader.load()
+except loader.NotBuilt:
     pytest.skip("routing is replayed in fused passes only", allow_module_level=True)
 
 LENGTHS = (9, 14, 5, 11, 8, 12, 1, 10)

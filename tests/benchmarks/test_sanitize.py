@@ -14,18 +14,18 @@ from torch import Tensor
 
 from benchmarks.sanitize import build, random_calls
 from moe_serve.kernels import suite
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from moe_serve.kernels.suite import Kernels
 from tests.test_wheel import needs_compiler
 
 
-@pytest.mark.parametrize("isa", library.ISAS)
+@pytest.mark.parametrize("isa", loader.ISAS)
 @pytest.mark.parametrize("call", random_calls.CALLS, ids=lambda call: call.__name__)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_random_shapes_give_finite_results(call: random_calls.Call, isa: str) -> None:
-    if library.built_path() is None:
+    if loader.built_path() is None:
         pytest.skip("the native library is not built")
-    if isa not in library.supported_isas(library.open_library()):
+    if isa not in loader.supported_isas(loader.open_library()):
         pytest.skip(f"no {isa} here")
     kernels = suite.load("cpu", isa)
     torch.manual_seed(0)

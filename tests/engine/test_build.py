@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_serve.config import EngineConfig
 from moe_serve.engine import build, expert_parts
 from moe_serve.errors import CapacityError, ConfigError
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from moe_serve.layers.attention import LayerCache
 from moe_serve.models.decoder import Decoder
 from moe_serve.types import ForwardBatch, Request, SamplingParams
@@ -39,10 +39,10 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let this installation have no native library."""
-    monkeypatch.setattr(library, "built_path", lambda: None)
-    library.open_library.cache_clear()
+    monkeypatch.setattr(loader, "built_path", lambda: None)
+    loader.open_library.cache_clear()
     yield
-    library.open_library.cache_clear()
+    loader.open_library.cache_clear()
 
 
 @pytest.mark.usefixtures("unread")

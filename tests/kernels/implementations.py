@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from moe_serve.kernels import suite
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 
 
 def _names() -> tuple[str, ...]:
     try:
-        isas = library.supported_isas(library.open_library())
-    except library.NotBuilt:
+        isas = loader.supported_isas(loader.open_library())
+    except loader.NotBuilt:
         return ("reference",)
     return ("reference", *(f"cpu-{isa}" for isa in isas))
 

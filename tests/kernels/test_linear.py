@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_serve.kernels.linear import reference
 from moe_serve.kernels.linear.cpu import LinearKernels
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.loader import Native
 from tests.kernels.implementations import DTYPES, EACH, EACH_NATIVE, kernels
 from tests.kernels.row_independence import check_rows, same_bits
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from moe_serve.kernels.native import library
+from moe_serve.kernels.native import loader
 from tests.kernels.implementations import IMPLEMENTATIONS, NATIVE, kernels
 
 
@@ -16,7 +16,7 @@ def test_the_native_library_is_there_in_ci() -> None:
     if os.environ.get("TEST_WITHOUT_NATIVE") == "1":
         assert NATIVE == (), "TEST_WITHOUT_NATIVE=1, but there is a native library"
     else:
-        library.open_library()  # raises what is wrong with it
+        loader.open_library()  # raises what is wrong with it
         assert "cpu-plain" in NATIVE
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_serve.kernels.forward.base import LayerPart, LinearPart, ModelPart, Stopped, Watcher
 from moe_serve.kernels.linear.cpu import PackedWeight
 from moe_serve.kernels.moe.cpu import ExpertTableArguments
-from moe_serve.kernels.native.library import Native, NotBuilt
+from moe_serve.kernels.native.loader import Native, NotBuilt
 from moe_serve.kernels.native.pointers import dtype_code, empty, pointer, pointer_or_null
 from moe_serve.kernels.paged_attention.cpu import AttentionPlan, Plan
 from moe_serve.kernels.rope.cpu import HeadsArguments

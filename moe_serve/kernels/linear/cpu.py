@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.loader import Native
 from moe_serve.kernels.native.memory import allocate
 from moe_serve.kernels.native.pointers import dtype_code, empty, pointer, pointer_or_null
 

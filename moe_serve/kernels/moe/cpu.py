@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_serve.errors import CapacityError
 from moe_serve.kernels.moe.base import ExpertTable
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.loader import Native
 from moe_serve.kernels.native.pointers import dtype_code, empty, pointer, pointer_or_null
 
 _MOST_COPIES_BYTES = 2**29

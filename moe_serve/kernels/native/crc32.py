@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moe_serve.kernels.native.library import Native, NotBuilt, load
+from moe_serve.kernels.native.loader import Native, NotBuilt, load
 
 
 def crc32(data: memoryview) -> int:

@@ -5,7 +5,7 @@
 
 #include "crc32.h"
 
-// Raised, with ABI of library.py, whenever a function's arguments, the packed form of a weight or
+// Raised, with ABI of loader.py, whenever a function's arguments, the packed form of a weight or
 // any bit of a result changes.
 MS_VISIBLE int32_t ms_abi(void) {
     return 2;

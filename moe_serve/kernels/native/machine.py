@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.loader import Native
 
 _PIECE_BYTES = 2**20  # machine.cpp's kPiece
 # Passes go over one window after another: a window is out of the caches when its turn comes again,

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.loader import Native
 from moe_serve.kernels.native.pointers import dtype_code, empty
 
 _TILE_QUERIES = 32

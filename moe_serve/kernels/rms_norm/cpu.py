@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.loader import Native
 from moe_serve.kernels.native.pointers import dtype_code, pointer, pointer_or_null
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.native.library import Native
+from moe_serve.kernels.native.loader import Native
 from moe_serve.kernels.native.pointers import empty
 from moe_serve.kernels.sampling import reference
 
