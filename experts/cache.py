@@ -79,8 +79,9 @@ class Event:
 class Wave:
     """A part of an event: first start `loads`, (expert, slot) each, then run the experts in `run`.
 
-    `run` are resident, or were loads of an earlier wave: who serves waits for those. Where both are
-    empty, every slot of the layer is loading a guess: wait until one has arrived, or give it up.
+    `run` are resident, or loads of this or an earlier wave, or on their way by a guess: who serves
+    waits for those. Where both are empty, every slot of the layer is loading a guess: wait until
+    one has arrived, or give it up.
     """
 
     loads: list[tuple[int, int]]
@@ -169,23 +170,24 @@ class ExpertCache:
     def waves(self, event: Event) -> Iterator[Wave]:
         """Yield the event's parts, each once the part before it was run.
 
-        What can be admitted at once is, while the hits run. Where not all can stay, the rest
-        streams through slots that hold nothing to keep: a wave is loaded while the one before it
-        runs, and the experts that stay come last.
+        What can be admitted at once is, which mostly is all: one wave. Where not all can stay, the
+        rest streams through slots that hold nothing to keep: a wave is loaded while the one before
+        it runs, and the experts that stay come last.
         """
         last, ready = event.hits, event.arriving
-        if not last and not event.misses:
-            last, ready = ready, []
         while last or ready or event.misses:
             limit = len(event.misses)
             if event.is_streamed:
                 limit = min(limit, self._stream_width(event))
             loads = self._admit(event, limit) if limit else []
+            ready = ready + [expert for expert, _ in loads]
+            if not event.misses:
+                yield Wave(loads, last + ready)
+                return
             yield Wave(loads, last)
             if event.is_streamed:
                 event.pinned.difference_update(set(last) - event.keep)
-            last = ready + [expert for expert, _ in loads]
-            ready = []
+            last, ready = ready, []
 
     def _admit(self, event: Event, limit: int) -> list[tuple[int, int]]:
         slots = self._make_room(event.layer, limit, event.pinned)

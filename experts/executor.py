@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_serve.comm.base import Inbox
 from moe_serve.experts.profile import ProfileKeeper
 from moe_serve.experts.recorder import RoutingRecorder, StepNotes
-from moe_serve.kernels.forward.base import Stopped, Stops, Watcher
+from moe_serve.kernels.forward.base import Run, Stopped, Stops, Watcher
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.types import ForwardBatch, Routing
 
@@ -121,5 +121,5 @@ class _Noting:
         self.weights = notes.weights
         self.is_forced = is_forced
 
-    def serve(self, stopped: Stopped) -> Iterator[tuple[Tensor | None, bool]]:
+    def serve(self, stopped: Stopped, can_wait: bool = True) -> Iterator[Run]:
         raise AssertionError("a pass that never stops has stopped")

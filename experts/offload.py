@@ -27,9 +27,10 @@ from moe_serve.experts.profile import ProfileKeeper
 from moe_serve.experts.recorder import RoutingRecorder, StepNotes
 from moe_serve.experts.split import MissPlanner
 from moe_serve.experts.transfer import Transfer, Transfers
-from moe_serve.kernels.forward.base import Stopped, Stops
+from moe_serve.kernels.forward.base import Run, Stopped, Stops
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.kernels.native.memory import GrowingMemory
+from moe_serve.openmp import one_blas_thread
 from moe_serve.types import ForwardBatch, Routing
 
 logger = logging.getLogger(__name__)
@@ -159,16 +160,17 @@ class OffloadedExperts:
             self.replay(batch, self._notes)
         self._next_layer = 0
         try:
-            if self._is_broken:
-                self._begin_anew()
-            self._collect(self.queue.ended())
-            self._forget_lost()
-            if self.prefetcher is not None:
-                self.prefetcher.start_step(self._step, batch)
-            yield self
-            self._tell_hits(len(self._model_layers))
-            if self.recorder is not None:
-                self.recorder.add(self._step, batch, self._notes)
+            with one_blas_thread():
+                if self._is_broken:
+                    self._begin_anew()
+                self._collect(self.queue.ended())
+                self._forget_lost()
+                if self.prefetcher is not None:
+                    self.prefetcher.start_step(self._step, batch)
+                yield self
+                self._tell_hits(len(self._model_layers))
+                if self.recorder is not None:
+                    self.recorder.add(self._step, batch, self._notes)
         except MoeServeError:
             raise
         except BaseException:  # an interrupt, anywhere: the books may not agree
@@ -197,7 +199,7 @@ class OffloadedExperts:
     def weights(self) -> Tensor | None:
         return None if self._notes is None else self._notes.weights
 
-    def serve(self, stopped: Stopped) -> Iterator[tuple[Tensor | None, bool]]:
+    def serve(self, stopped: Stopped, can_wait: bool = True) -> Iterator[Run]:
         """See `kernels.forward.base.Watcher`. Raises StoreError for what cannot be brought in."""
         layer = self._index[stopped.layer]
         self._tell_hits(layer)
@@ -207,12 +209,12 @@ class OffloadedExperts:
         event = self._begin(layer, experts, stopped.counts[experts])
         if event.misses or event.arriving:
             counts = dict(zip(event.expert_ids, stopped.counts[experts].tolist(), strict=True))
-            yield from self._bring_in(event, counts, stopped)
+            yield from self._bring_in(event, counts, stopped, can_wait)
         else:
             if self.prefetcher is not None:
                 self.prefetcher.look_ahead(layer, stopped)
             self.cache.end(event)
-            yield None, True
+            yield Run(None, is_last=True)
 
     def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
         """See `executor.Experts`. Raises StoreError for what cannot be brought in."""
@@ -227,8 +229,8 @@ class OffloadedExperts:
             residual=residual,
         )
         out = inbox.rows.new_empty(inbox.row_of_pair.shape[0], table.hidden_size)
-        for only, _ in self.serve(stopped):
-            self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, table, only, out)
+        for part in self.serve(stopped, can_wait=False):
+            self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, table, part.only, out)
         return out
 
     def resize(self, shape: CacheShape) -> None:
@@ -319,8 +321,8 @@ class OffloadedExperts:
         self._next_layer = until
 
     def _bring_in(
-        self, event: Event, counts: Mapping[int, int], stopped: Stopped
-    ) -> Iterator[tuple[Tensor | None, bool]]:
+        self, event: Event, counts: Mapping[int, int], stopped: Stopped, can_wait: bool
+    ) -> Iterator[Run]:
         layer = event.layer
         for expert in event.arriving:
             self.queue.hurry(layer, expert)
@@ -333,17 +335,15 @@ class OffloadedExperts:
             for expert in in_place:
                 self.cache.slot_of_expert[layer, expert] = self._host_slot(layer, expert)
             for number, wave in enumerate(self._waves(event, in_place)):
-                for expert, slot in wave.loads:
-                    self.queue.demand(layer, expert, slot)
+                if wave.loads:
+                    self.queue.demand(layer, wave.loads)
                 if self.prefetcher is not None and number == 0:  # while the loads are under way
                     self.prefetcher.look_ahead(layer, stopped)
                 if not wave.run and not wave.loads:
                     self._wait(event)
-                for ready in self._as_they_arrive(event, wave.run):
-                    left -= len(ready)
-                    if not left:
-                        self.cache.end(event)  # the pass goes on from here to other layers
-                    yield self._only(ready), not left
+                left -= len(wave.run)
+                yield from self._as_they_arrive(event, wave.run, not left, can_wait)
+            self.cache.end(event)
         finally:
             for expert in in_place:
                 self.cache.slot_of_expert[layer, expert] = -1
@@ -357,15 +357,24 @@ class OffloadedExperts:
         if first:
             yield Wave([], first)
 
-    def _as_they_arrive(self, event: Event, run: Sequence[int]) -> Iterator[list[int]]:
-        """Yield what of `run` is there, until all was."""
-        slots = self.cache.slot_of_expert[event.layer]
+    def _as_they_arrive(
+        self, event: Event, run: Sequence[int], is_last: bool, can_wait: bool
+    ) -> Iterator[Run]:
+        """Yield what of `run` is there, until all was. is_last: with them the layer is done."""
+        layer = event.layer
+        slots = self.cache.slot_of_expert[layer]
         waiting = set(run)
         while waiting:
             ready = sorted(expert for expert in waiting if slots[expert] >= 0)
-            if ready:
-                waiting.difference_update(ready)
-                yield ready
+            waiting.difference_update(ready)
+            awaited = self.queue.arrivals(layer, sorted(waiting)) if waiting and can_wait else None
+            if awaited is not None:
+                yield Run(self._only(ready), is_last, awaited)
+                self.stats.stall_s[layer] += awaited.stall_s
+                waiting = set(awaited.left())
+                self._collect(self.queue.ended(), event)
+            elif ready:
+                yield Run(self._only(ready), is_last and not waiting)
             else:
                 self._wait(event)
 
@@ -387,7 +396,7 @@ class OffloadedExperts:
                 continue
             is_needed = event is not None and layer == event.layer and expert in needed
             if is_needed and transfer.error is None:  # given up just before it was needed
-                self.queue.demand(layer, expert, transfer.slot)
+                self.queue.demand(layer, [(expert, transfer.slot)])
                 continue
             self.cache.failed(layer, expert, transfer.at)
             if transfer.error is not None:

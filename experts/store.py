@@ -103,6 +103,15 @@ class ExpertStore:
         """Whether reads bypass the page cache."""
         return self._is_direct
 
+    @property
+    def descriptor(self) -> int:
+        """The open file, -1 once it is closed; another one who reads may do so at any place."""
+        return self._descriptor
+
+    def layer(self, layer: int) -> StoredLayer:
+        """Return what the file holds of `layer`."""
+        return self._layers[layer]
+
     def record_bytes(self, layer: int) -> int:
         """Return the size of a record of `layer`."""
         return self._layers[layer].record_bytes

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_serve.errors import CapacityError
 from moe_serve.experts.store import ExpertStore
+from moe_serve.kernels.forward.base import Arrivals
 
 CHUNK_BYTES = 2**20  # less is slower on disks (docs/log.md), more makes what is needed wait
 
@@ -55,14 +56,25 @@ class Transfer:
     error: Exception | None = None
 
 
+class Awaited(Arrivals, Protocol):
+    """What `Arrivals` says after the pass: how long there was nothing to run, and who was not."""
+
+    @property
+    def stall_s(self) -> float: ...
+
+    def left(self) -> list[int]:
+        """Return the experts that were not run: one of them has failed."""
+        ...
+
+
 class Transfers(Protocol):
     """Transfers under way, at most one for an expert.
 
     The owner starts and collects them; all methods are for one thread, its own.
     """
 
-    def demand(self, layer: int, expert: int, slot: int) -> None:
-        """Start to bring in what is needed now."""
+    def demand(self, layer: int, loads: Sequence[tuple[int, int]]) -> None:
+        """Start to bring in what is needed now. loads: (expert, slot)."""
         ...
 
     def guess(self, layer: int, expert: int, slot: int) -> None:
@@ -89,6 +101,13 @@ class Transfers(Protocol):
 
     def is_known(self, layer: int, expert: int) -> bool:
         """Return whether a transfer of this expert waits, runs, or has ended uncollected."""
+        ...
+
+    def arrivals(self, layer: int, experts: Sequence[int]) -> Awaited | None:
+        """Return experts of `layer` that are on their way, for a forward pass to wait for.
+
+        None where only `ended` can be waited for.
+        """
         ...
 
     @property
@@ -139,8 +158,9 @@ class TransferQueue:
                 "of the process (ulimit -v, -u)"
             ) from error
 
-    def demand(self, layer: int, expert: int, slot: int) -> None:
-        self._add(Transfer(layer, expert, slot, is_urgent=True), self._urgent)
+    def demand(self, layer: int, loads: Sequence[tuple[int, int]]) -> None:
+        for expert, slot in loads:
+            self._add(Transfer(layer, expert, slot, is_urgent=True), self._urgent)
 
     def guess(self, layer: int, expert: int, slot: int) -> None:
         self._add(Transfer(layer, expert, slot, is_urgent=False), self._guesses)
@@ -180,6 +200,9 @@ class TransferQueue:
             return (layer, expert) in self._of_expert or any(
                 (transfer.layer, transfer.expert) == (layer, expert) for transfer in self._ended
             )
+
+    def arrivals(self, layer: int, experts: Sequence[int]) -> Awaited | None:
+        return None
 
     @property
     def is_busy(self) -> bool:
@@ -256,12 +279,47 @@ class TransferQueue:
             transfer.error = error
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a source's records are, for threads that are not Python's.
+
+    descriptor: an open file, or -1; host: the address of records in memory, layer by layer, or 0;
+    bytes_per_s: of the link before it. first_bytes: where each layer's first record begins in the
+    file; headers: of each layer's expert 0, 64 bytes each, without the crc. is_shared: whether one
+    record comes faster by several threads.
+    """
+
+    num_layers: int
+    num_experts: int
+    descriptor: int = -1
+    host: int = 0
+    bytes_per_s: float = 0.0
+    first_bytes: Sequence[int] = ()
+    headers: bytes = b""
+    is_shared: bool = False
+
+
 class StoreSource:
     """A store's records, by the number among the MoE layers. model_layers: the model's numbers."""
 
     def __init__(self, store: ExpertStore, model_layers: Sequence[int]) -> None:
         self.store = store
         self._model_layers = tuple(model_layers)
+
+    @property
+    def place(self) -> Place:
+        stored = [self.store.layer(number) for number in self._model_layers]
+        first_bytes = self.store.layout.first_bytes()
+        return Place(
+            num_layers=len(stored),
+            num_experts=max(layer.num_experts for layer in stored),
+            descriptor=self.store.descriptor,
+            first_bytes=[first_bytes[layer.layer] for layer in stored],
+            headers=b"".join(
+                self.store.layout.record_header(layer, 0, 0).pack() for layer in stored
+            ),
+            is_shared=True,
+        )
 
     def record_bytes(self, layer: int) -> int:
         return self.store.record_bytes(self._model_layers[layer])
@@ -289,6 +347,16 @@ class EmulatedLink:
         self._bytes_per_s = bytes_per_s
         self._lock = threading.Lock()
         self._free_at_s = 0.0  # when the link has carried all that was asked so far
+
+    @property
+    def place(self) -> Place:
+        return Place(
+            num_layers=self._host.shape[0] // self._num_experts,
+            num_experts=self._num_experts,
+            host=self._host.data_ptr(),
+            bytes_per_s=self._bytes_per_s,
+            first_bytes=[0] * (self._host.shape[0] // self._num_experts),
+        )
 
     def record_bytes(self, layer: int) -> int:
         return int(self._host.shape[1])

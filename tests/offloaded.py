@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
@@ -60,8 +61,14 @@ def report(llm: LLM) -> dict[str, Any]:
     return dict(llm.engine.stats().experts)
 
 
-def transfer_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("expert-transfer")]
+def transfer_threads() -> list[str]:
+    """Return the threads that bring experts in: Python's by name, native ones by number."""
+    found = [t.name for t in threading.enumerate() if t.name.startswith("expert-transfer")]
+    for task in sorted(Path("/proc/self/task").iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            if (task / "comm").read_text().strip() == "expert-transfer":
+                found.append(task.name)
+    return found
 
 
 def num_open_files() -> int:

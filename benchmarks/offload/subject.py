@@ -161,6 +161,8 @@ class Subject:
         if self.offloaded is not None and case is not None and case.resident == 100:
             layers, experts_of_layer = range(trace.num_layers), range(trace.num_experts)
             self.offloaded.preload((layer, one) for layer in layers for one in experts_of_layer)
+            while self.offloaded.queue.is_busy:  # what is on its way would count as brought in
+                time.sleep(1e-3)
         self.restart()
 
     @property

@@ -25,6 +25,7 @@ from moe_serve.errors import ConfigError, StoreError
 from moe_serve.experts.cache import ExpertCache
 from moe_serve.experts.calibration import Calibration
 from moe_serve.experts.executor import Experts
+from moe_serve.experts.native_transfer import open_transfers
 from moe_serve.experts.offload import (
     FixedSlots,
     GrowingSlots,
@@ -43,7 +44,7 @@ from moe_serve.experts.transfer import (
     EmulatedLink,
     Source,
     StoreSource,
-    TransferQueue,
+    Transfers,
 )
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.kernels.suite import Kernels
@@ -70,7 +71,7 @@ class _Tier:
     """Where slots are, and where what is not in them comes from."""
 
     source: Source
-    queue: TransferQueue
+    queue: Transfers
     memory: SlotMemory
     host: HostTier | None = None
 
@@ -166,7 +167,7 @@ class ExpertParts:
         costs = self._miss_costs(arena.table(arena.layers[0]), source, arena.slots[0])
         host = HostTier(num_slots, arena.num_experts, MissPlanner(self._config.experts.miss, costs))
         return others, _Tier(
-            source, TransferQueue(source, arena.slots, _LINK_THREADS), memory, host
+            source, open_transfers(source, arena.slots, num_slots, _LINK_THREADS), memory, host
         )
 
     def _on_disk(self, cache: ExpertCache) -> tuple[dict[str, Tensor], _Tier]:
@@ -193,7 +194,8 @@ class ExpertParts:
             store.close()
             raise
         source = StoreSource(store, self._layers)
-        return others, _Tier(source, TransferQueue(source, memory.records, DISK_THREADS), memory)
+        queue = open_transfers(source, memory.records, memory.most_slots, DISK_THREADS)
+        return others, _Tier(source, queue, memory)
 
     # -- parts -------------------------------------------------------------------------------------
 

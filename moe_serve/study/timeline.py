@@ -9,7 +9,7 @@ late or wasted as it would be there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +84,9 @@ class VirtualLink:
         self._busy_until_s = 0.0
         self._running: Transfer | None = None
 
-    def demand(self, layer: int, expert: int, slot: int) -> None:
-        self._add(Transfer(layer, expert, slot, is_urgent=True), self._urgent)
+    def demand(self, layer: int, loads: Sequence[tuple[int, int]]) -> None:
+        for expert, slot in loads:
+            self._add(Transfer(layer, expert, slot, is_urgent=True), self._urgent)
 
     def guess(self, layer: int, expert: int, slot: int) -> None:
         self._add(Transfer(layer, expert, slot, is_urgent=False), self._guesses)
@@ -121,6 +122,9 @@ class VirtualLink:
         return (layer, expert) in self._of_expert or any(
             (transfer.layer, transfer.expert) == (layer, expert) for transfer in self._ended
         )
+
+    def arrivals(self, layer: int, experts: Sequence[int]) -> None:
+        """Nothing waits beside the clock."""
 
     @property
     def is_busy(self) -> bool:
@@ -211,8 +215,8 @@ def run_timeline(
         with experts.step(batch):
             for stopped in _events(trace, tokens):
                 union = int(np.count_nonzero(stopped.counts))
-                for only, _ in experts.serve(stopped):
-                    share = 1.0 if only is None else int(only.sum()) / union
+                for run in experts.serve(stopped):
+                    share = 1.0 if run.only is None else int(run.only.sum()) / union
                     link.advance(machine.layer_s * share)
         num_steps += 1
     stats = None if prefetcher is None else prefetcher.stats

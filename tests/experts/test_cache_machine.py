@@ -104,6 +104,11 @@ class World:
             assert index < 4 * NUM_EXPERTS + NUM_LAYERS * cache.shape.total_slots, "no end"
             for expert, slot in wave.loads:
                 self.start(layer, expert, slot)
+            if wave.loads and rng.random() < 0.02:
+                self.lose(layer, wave.loads[0][0])
+                to_run = set()
+                self.seen["given up"] += 1
+                break
             for expert in wave.run:
                 if (layer, expert) in self.on_its_way:
                     self.arrive(layer, expert)
@@ -114,11 +119,6 @@ class World:
             if not wave.loads and not wave.run:
                 self.settle_one(rng, spared={(layer, expert) for expert in union})
                 self.seen["waited"] += 1
-            if wave.loads and rng.random() < 0.02:
-                self.lose(layer, wave.loads[0][0])
-                to_run = set()
-                self.seen["given up"] += 1
-                break
         assert not to_run, "an expert was never run"
         cache.end(event)
         for key in [key for key in self.on_its_way if key[0] == layer and key[1] in union]:

@@ -215,11 +215,12 @@ def test_each_expert_is_served_once_and_the_last_one_says_so(make: Make) -> None
                 harness.experts._notes.ids[layer] = ids  # type: ignore[union-attr]
                 served: list[int] = []
                 lasts: list[bool] = []
-                for only, is_last in harness.experts.serve(stopped):
+                for run in harness.experts.serve(stopped):
+                    only = run.only
                     here = counts.nonzero().flatten() if only is None else only.nonzero().flatten()
                     assert bool((harness.experts.layers[layer].slot_of_expert[here] >= 0).all())
                     served += here.tolist()
-                    lasts.append(is_last)
+                    lasts.append(run.is_last)
                 assert sorted(served) == counts.nonzero().flatten().tolist()
                 assert lasts == [False] * (len(lasts) - 1) + [True]
         harness.check_books()

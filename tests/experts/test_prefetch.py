@@ -54,7 +54,7 @@ class Queue:
         self.guesses: list[tuple[int, int, int]] = []
         self.given_up: list[tuple[int, int]] = []
 
-    def demand(self, layer: int, expert: int, slot: int) -> None:
+    def demand(self, layer: int, loads: Sequence[tuple[int, int]]) -> None:
         raise AssertionError("a guess is no demand")
 
     def guess(self, layer: int, expert: int, slot: int) -> None:
@@ -71,6 +71,9 @@ class Queue:
         raise AssertionError("that is not for the prefetcher")
 
     def is_known(self, layer: int, expert: int) -> bool:
+        raise AssertionError("not asked by a prefetcher")
+
+    def arrivals(self, layer: int, experts: Sequence[int]) -> None:
         raise AssertionError("not asked by a prefetcher")
 
     @property

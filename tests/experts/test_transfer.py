@@ -137,7 +137,7 @@ def within_limit(wait: Callable[[], list[Transfer]]) -> list[Transfer]:
 def test_what_is_demanded_arrives_in_its_slot_in_one_read(make: Make) -> None:
     source = FakeSource()
     queue = make(source)
-    queue.demand(3, 7, 2)
+    queue.demand(3, [(7, 2)])
     (transfer,) = collect(queue, 1)
     assert (transfer.layer, transfer.expert, transfer.slot) == (3, 7, 2)
     assert transfer.is_whole
@@ -154,7 +154,7 @@ def test_a_guess_comes_in_chunks_and_gives_way_between_two(make: Make) -> None:
     queue.guess(0, 1, 0)
     source.await_read()
     queue.guess(0, 2, 1)
-    queue.demand(0, 3, 2)
+    queue.demand(0, [(3, 2)])
     assert queue.num_guesses == 2
     source.let(100)
     ended = collect(queue, 3)
@@ -172,7 +172,7 @@ def test_demands_come_in_the_order_of_asking(make: Make) -> None:
     source = FakeSource(is_held=True)
     queue = make(source)
     for expert in (5, 1, 3):
-        queue.demand(0, expert, expert)
+        queue.demand(0, [(expert, expert)])
     source.let(100)
     assert [transfer.expert for transfer in collect(queue, 3)] == [5, 1, 3]
 
@@ -196,7 +196,7 @@ def test_a_running_guess_that_is_hurried_gives_way_no_more(make: Make) -> None:
     queue.guess(0, 1, 0)
     source.await_read()
     queue.hurry(0, 1)
-    queue.demand(0, 2, 1)
+    queue.demand(0, [(2, 1)])
     source.let(100)
     assert [transfer.expert for transfer in collect(queue, 2)] == [1, 2]
     assert source.reads == [(1, 0, 1), (1, 1, NUM_CHUNKS), (2, 0, NUM_CHUNKS)]
@@ -215,7 +215,7 @@ def test_to_hurry_what_has_ended_does_nothing(make: Make) -> None:
 def test_a_waiting_guess_is_given_up_without_a_read(make: Make) -> None:
     source = FakeSource(is_held=True)
     queue = make(source)
-    queue.demand(0, 1, 0)
+    queue.demand(0, [(1, 0)])
     source.await_read()
     queue.guess(0, 2, 1)
     assert queue.give_up(0, 2)
@@ -244,7 +244,7 @@ def test_a_running_guess_is_given_up_after_its_chunk(make: Make) -> None:
 def test_what_is_needed_or_has_ended_is_not_given_up(make: Make) -> None:
     source = FakeSource(is_held=True)
     queue = make(source)
-    queue.demand(0, 1, 0)
+    queue.demand(0, [(1, 0)])
     queue.guess(0, 2, 1)
     queue.hurry(0, 2)
     assert not queue.give_up(0, 1)
@@ -262,7 +262,7 @@ def test_a_guess_that_was_given_up_and_is_needed_after_all_arrives(
     source = FakeSource(is_held=True)
     queue = make(source)
     if not is_running:
-        queue.demand(0, 2, 1)
+        queue.demand(0, [(2, 1)])
     queue.guess(0, 1, 0)
     source.await_read()
     queue.give_up(0, 1)
@@ -284,8 +284,8 @@ def test_a_source_that_fails_ends_that_transfer_only(make: Make, kind: type[Exce
     (failed,) = collect(queue, 1)
     assert isinstance(failed.error, kind)
     assert not failed.is_whole
-    queue.demand(0, 1, 0)
-    queue.demand(0, 2, 1)
+    queue.demand(0, [(1, 0)])
+    queue.demand(0, [(2, 1)])
     assert all(transfer.is_whole for transfer in collect(queue, 2))
 
 
@@ -294,18 +294,19 @@ def test_a_fault_of_a_source_leaves_nobody_waiting(make: Make, kind: type[Except
     source = FakeSource()
     source.errors[1] = kind("a fault of ours")
     queue = make(source)
-    queue.demand(0, 1, 0)
+    queue.demand(0, [(1, 0)])
     (failed,) = collect(queue, 1)
     assert isinstance(failed.error, kind)
 
 
 def test_closing_ends_threads_and_leaves_nobody_waiting(make: Make) -> None:
     source = FakeSource(is_held=True)
+    before = set(threading.enumerate())
     queue = make(source, num_threads=2)
-    threads = [t for t in threading.enumerate() if t.name.startswith("expert-transfer")]
+    threads = [t for t in set(threading.enumerate()) - before if "transfer" in t.name]
     assert len(threads) == 2
     for expert in range(3):
-        queue.demand(0, expert, expert)
+        queue.demand(0, [(expert, expert)])
     for expert in (3, 4, 5):
         queue.guess(0, expert, expert)
     source.await_read()
@@ -370,7 +371,7 @@ class Model:
         self._under_way[key] = slot
         if self._chance.random() < 0.5:
             self._urgent.add(key)
-            self._queue.demand(*key, slot)
+            self._queue.demand(key[0], [(key[1], slot)])
         else:
             self._queue.guess(*key, slot)
 
@@ -442,7 +443,7 @@ def test_a_store_is_read_by_the_number_among_moe_layers(tmp_path: Path) -> None:
         source = StoreSource(store, (2, 4))
         assert [source.record_bytes(layer) for layer in (0, 1)] == [8192, 12288]
         queue = TransferQueue(source, allocate(2 * 12288).view(2, 12288), 2, CHUNK)
-        queue.demand(0, 3, 0)
+        queue.demand(0, [(3, 0)])
         queue.guess(1, 2, 1)
         ended = collect(queue, 2)
         queue.close()

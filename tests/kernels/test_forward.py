@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_serve.comm.base import Inbox
 from moe_serve.experts.executor import ResidentExperts
-from moe_serve.kernels.forward.base import Stopped, Stops
+from moe_serve.kernels.forward.base import Run, Stopped, Stops
 from moe_serve.layers.attention import LayerCache
 from moe_serve.layers.moe import MoeLayer
 from moe_serve.models.decoder import Decoder
@@ -125,7 +125,7 @@ class Watching:
     def _slots(self, layer: int) -> Tensor:
         return self._experts[layer].slot_of_expert
 
-    def serve(self, stopped: Stopped) -> Iterator[tuple[Tensor | None, bool]]:
+    def serve(self, stopped: Stopped, can_wait: bool = True) -> Iterator[Run]:
         self.seen.append(Seen.at(stopped))
         if self._raises is not None:
             raise self._raises("of the watcher")
@@ -134,7 +134,7 @@ class Watching:
         absent = self._absent.get(layer, [])
         if self._parts is None:
             slots[absent] = torch.tensor(absent, dtype=torch.int32) + of_layer
-            yield None, True
+            yield Run(None, is_last=True)
         else:
             parts = self._parts(np.flatnonzero(stopped.counts).tolist())
             for number, part in enumerate(parts):
@@ -142,7 +142,7 @@ class Watching:
                 slots[here] = torch.tensor(here, dtype=torch.int32) + of_layer
                 only = torch.zeros(len(slots), dtype=torch.uint8)
                 only[part] = 1
-                yield only, number == len(parts) - 1
+                yield Run(only, number == len(parts) - 1)
                 slots[here] = -1
         slots[absent] = -1
 

@@ -103,7 +103,7 @@ def test_the_link_brings_demands_before_guesses() -> None:
     link.guess(0, 1, 0)
     link.guess(0, 2, 1)
     link.advance(0.05e-3)
-    link.demand(0, 3, 2)
+    link.demand(0, [(3, 2)])
 
     order: list[int] = []
     while len(order) < 3:

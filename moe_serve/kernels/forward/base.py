@@ -86,6 +86,30 @@ class Stopped:
     residual: Tensor
 
 
+class Arrivals(Protocol):
+    """Experts of a stopped pass that are on their way, for the native side to wait for.
+
+    address: of the structure that it takes.
+    """
+
+    @property
+    def address(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a stopped pass, or a layer, is to run.
+
+    only: uint8 [num_experts], experts that can run now, or None for all. arrivals: others, each to
+    run as soon as it is there; a fused pass comes back when all were run, or one has failed.
+    is_last: afterwards, unless one has failed, every expert of the layer that has pairs was run.
+    """
+
+    only: Tensor | None
+    is_last: bool
+    arrivals: Arrivals | None = None
+
+
 class Watcher(Protocol):
     """Who sees which experts a step uses, and brings in what is missing.
 
@@ -104,10 +128,10 @@ class Watcher(Protocol):
     @property
     def weights(self) -> Tensor | None: ...
 
-    def serve(self, stopped: Stopped) -> Iterator[tuple[Tensor | None, bool]]:
-        """Yield (only, is_last): experts that can run now, uint8 [num_experts], or None for all.
+    def serve(self, stopped: Stopped, can_wait: bool = True) -> Iterator[Run]:
+        """Yield what to run: together all experts that have pairs, each once.
 
-        Together they are all that have pairs, each once; the last one, and it alone, says so. What
-        it raises ends the forward pass.
+        The last one says so; it is asked for more all the same, when the pass has gone on.
+        can_wait: whether there may be `arrivals`. What it raises ends the forward pass.
         """
         ...

@@ -91,6 +91,7 @@ class _Progress(ctypes.Structure):
         ("only", ctypes.c_void_p),
         ("ids", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
+        ("arrivals", ctypes.c_void_p),
     )
 
 
@@ -209,12 +210,12 @@ class Forward:
             stopped = Stopped(
                 layer=layer, expert_ids=ids, weights=weights, counts=counts, residual=residual
             )
-            is_last = False
-            for only, is_last in watcher.serve(stopped):
-                progress.only = pointer_or_null(only, torch.uint8)
-                progress.is_last = is_last
+            for run in watcher.serve(stopped):
+                progress.only = pointer_or_null(run.only, torch.uint8)
+                progress.arrivals = None if run.arrivals is None else run.arrivals.address
+                progress.is_last = run.is_last
                 go_on()
-            assert is_last, "the experts of a layer were not all served"
+            assert progress.layer > layer, "the experts of a layer were not all served"
 
 
 def builder(native: Native) -> Callable[[ModelPart], Forward]:

@@ -94,6 +94,8 @@ struct StepArguments {
     const AttentionPlan* plans;
 };
 
+struct Arrivals;  // of transfers.h
+
 // Where a forward pass stands that stops for experts which are not resident, and what it is told.
 struct Progress {
     int64_t layer;          // where to begin or go on; afterwards where it stopped, or num_layers
@@ -104,6 +106,7 @@ struct Progress {
     const uint8_t* only;    // [num_experts], the experts to run in this call, or null: all
     int64_t* ids;           // [num_layers, num_tokens, top_k], to note each router's choice, or null
     float* weights;         // the same for the weights
+    Arrivals* arrivals;     // experts to run in this call, after those in `only`, or null
 };
 
 }  // namespace ms

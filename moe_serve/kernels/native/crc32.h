@@ -78,4 +78,37 @@ static inline bool has_carryless() { return false; }
 
 #endif
 
+// crc32 of zlib. Fast where has_carryless.
+static inline uint32_t crc32(const uint8_t* data, int64_t size) {
+    const int64_t whole = size >= 64 ? size / 16 * 16 : 0;
+    uint32_t crc = ~0u;
+    if (whole) crc = crc32_folded(crc, data, whole);
+    return ~crc32_of_bytes(crc, data + whole, size - whole);
+}
+
+// The product of two polynomials mod P; the highest bit is that of x^0.
+static inline uint32_t crc32_product(uint32_t a, uint32_t b) {
+    uint32_t product = 0;
+    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+        if (a & bit) product ^= b;
+        b = (b >> 1) ^ (0xEDB88320u & (0u - (b & 1)));
+    }
+    return product;
+}
+
+// x^(8 size) mod P: what a crc is multiplied with when `size` bytes follow.
+static inline uint32_t crc32_shift(int64_t size) {
+    uint32_t shift = 1u << 31, power = 1u << 23;
+    for (; size; size >>= 1) {
+        if (size & 1) shift = crc32_product(shift, power);
+        power = crc32_product(power, power);
+    }
+    return shift;
+}
+
+// The crc of two pieces from theirs; shift: crc32_shift of the second one's size.
+static inline uint32_t crc32_joined(uint32_t first, uint32_t second, uint32_t shift) {
+    return crc32_product(first, shift) ^ second;
+}
+
 }  // namespace ms

@@ -31,7 +31,8 @@ template <class T>
 struct Workspace {
     T *residual, *hidden, *delta, *qkv, *attended, *both, *inner, *pair_rows, *shared;
     float *logits, *weights, *shared_weights, *attention;
-    int64_t *ids, *row_of_pair, *pair_of_choice, *counts, *num_chunks, *must_stop;
+    int64_t *ids, *row_of_pair, *pair_of_choice, *counts, *num_chunks, *must_stop, *num_ready;
+    uint8_t* ready;
     PairChunk* chunks;
     int64_t size;
 
@@ -78,6 +79,8 @@ struct Workspace {
         counts = pieces.get<int64_t>(experts);
         num_chunks = pieces.get<int64_t>(1);
         must_stop = pieces.get<int64_t>(1);
+        num_ready = pieces.get<int64_t>(1);
+        ready = pieces.get<uint8_t>(experts);
         chunks = pieces.get<PairChunk>(experts + tokens * top_k / kChunkRows + 1);
         size = pieces.size();
     }
@@ -133,6 +136,19 @@ static void run_experts(
     *work.num_chunks = list_chunks(layer.experts, work.counts, only, work.chunks);
     moe(layer.experts, work.chunks, *work.num_chunks, work.hidden, work.row_of_pair, work.inner,
         work.pair_rows);
+}
+
+// The rows of experts that are on their way, each as soon as it is there. Returns whether all came.
+template <class T>
+static bool run_arrivals(
+    const LayerArguments& layer, const Workspace<T>& work, Arrivals& arrivals) {
+    while (true) {
+#pragma omp single
+        *work.num_ready = await_arrivals(arrivals, layer.experts, work.ready);
+        const int64_t num_ready = *work.num_ready;
+        if (num_ready <= 0) return num_ready == 0;
+        run_experts(layer, work, work.ready);
+    }
 }
 
 template <class T>
@@ -195,6 +211,7 @@ static void forward(
         }
         if (is_routed) {
             run_experts(layer, work, progress.only);
+            if (progress.arrivals && !run_arrivals(layer, work, *progress.arrivals)) return;
             if (!progress.is_last) return;
             is_routed = false;
         } else {

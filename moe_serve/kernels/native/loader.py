@@ -20,7 +20,7 @@ from moe_serve.errors import ConfigError
 
 # what `ms_abi` must answer: raised with every change of a function's arguments, of a packed form,
 # or of any bit of a result
-ABI = 2
+ABI = 3
 ISAS = ("avx512_bf16", "plain")  # best first
 
 _TYPES: dict[str, Any] = {

@@ -8,7 +8,7 @@
 // Raised, with ABI of loader.py, whenever a function's arguments, the packed form of a weight or
 // any bit of a result changes.
 MS_VISIBLE int32_t ms_abi(void) {
-    return 2;
+    return 3;
 }
 
 // Whether the processor, and the system with it, can run x86_avx512_bf16.cpp.
@@ -85,9 +85,5 @@ MS_VISIBLE int32_t ms_has_fast_crc32(void) {
 
 // crc32 of zlib. Needs ms_has_fast_crc32.
 MS_VISIBLE int64_t ms_crc32(const void* data, int64_t size) {
-    const uint8_t* bytes = (const uint8_t*)data;
-    const int64_t whole = size >= 64 ? size / 16 * 16 : 0;
-    uint32_t crc = ~0u;
-    if (whole) crc = ms::crc32_folded(crc, bytes, whole);
-    return uint32_t(~ms::crc32_of_bytes(crc, bytes + whole, size - whole));
+    return ms::crc32((const uint8_t*)data, size);
 }

@@ -1,6 +1,8 @@
 // Every kernel in plain C++, for any machine.
 #include "standard.h"
 
+#include "transfers.h"
+
 namespace ms {
 namespace plain {
 #include "kernels.h"
@@ -15,6 +17,6 @@ namespace plain {
 MS_VISIBLE int64_t ms_sizes(int32_t which) {
     const int64_t sizes[] = {
         sizeof(ms::LayerArguments), sizeof(ms::ModelArguments), sizeof(ms::StepArguments),
-        sizeof(ms::AttentionPlan), sizeof(ms::Progress)};
+        sizeof(ms::AttentionPlan), sizeof(ms::Progress), sizeof(ms::Arrivals)};
     return sizes[which];
 }

@@ -2,6 +2,8 @@
 // and later).
 #include "standard.h"
 
+#include "transfers.h"
+
 #if defined(__x86_64__)
 #if !defined(__clang__)
 // false alarms within gcc's own intrinsics
