@@ -32,21 +32,25 @@ class Calibration:
         """furthest: distances go from 1 to this one; 0 is before a step's first layer."""
         self._guesses = np.zeros((furthest + 1, _BINS))
         self._true = np.zeros((furthest + 1, _BINS))
-        self._recorded = [0] * (furthest + 1)
+        self._recorded = np.zeros(furthest + 1, np.int64)
         self._thresholds: dict[int, tuple[int, float, float | None]] = {}
 
-    def record(self, distance: int, probabilities: Array, was_used: Array) -> None:
-        """Count the guesses of one event.
+    def record(self, distances: Array | int, probabilities: Array, was_used: Array) -> None:
+        """Count guesses about one event.
 
-        Both are [num_candidates], of experts that were not resident: float and bool.
+        Of experts that were not resident, [num_candidates]: how far ahead each guess was, how sure
+        (float), and whether it came true (bool).
         """
         bins = np.minimum((probabilities * _BINS).astype(np.int64), _BINS - 1)
-        new = np.bincount(bins, minlength=_BINS)
+        bins += distances * _BINS
+        shape, size = self._guesses.shape, self._guesses.size
+        new = np.bincount(bins, minlength=size).reshape(shape)
         keep = _FADES.take(new, mode="clip")
-        self._guesses[distance] = self._guesses[distance] * keep + new
-        self._true[distance] *= keep
-        self._true[distance] += np.bincount(bins, weights=was_used, minlength=_BINS)
-        self._recorded[distance] += len(bins)
+        self._guesses *= keep
+        self._guesses += new
+        self._true *= keep
+        self._true += np.bincount(bins, weights=was_used, minlength=size).reshape(shape)
+        self._recorded += new.sum(axis=1)
 
     def precision(self, distance: int, probability: float) -> float | None:
         """Return how often guesses about as probable came true, or None without evidence."""
@@ -61,7 +65,7 @@ class Calibration:
         threshold on the guesses of every bin are at least as precise, not only all together, since
         each that is issued has to pay for itself. It is looked up anew once in a while.
         """
-        recorded = self._recorded[distance]
+        recorded = int(self._recorded[distance])
         kept = self._thresholds.get(distance)
         if kept is not None and kept[1] == break_even and recorded - kept[0] < _REFRESH:
             return kept[2]

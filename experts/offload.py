@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_serve.blas import one_blas_thread
 from moe_serve.comm.base import Inbox
 from moe_serve.errors import CapacityError, MoeServeError, StoreError
 from moe_serve.experts.cache import Event, ExpertCache, Wave, check_capacity
@@ -30,7 +31,6 @@ from moe_serve.experts.transfer import Transfer, Transfers
 from moe_serve.kernels.forward.base import Run, Stopped, Stops
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.kernels.native.memory import GrowingMemory
-from moe_serve.openmp import one_blas_thread
 from moe_serve.types import ForwardBatch, Routing
 
 logger = logging.getLogger(__name__)

@@ -60,11 +60,11 @@ class PrefetchStats:
 
 @dataclass(slots=True)
 class _Forecast:
-    """What was foretold of a layer of this step: probabilities, and who was absent then."""
+    """What was foretold of a layer of this step: of those absent then, how probable each was."""
 
     distance: int
-    probabilities: Array
-    is_candidate: Array
+    candidates: Array
+    said: Array
 
 
 @dataclass(slots=True)
@@ -163,11 +163,16 @@ class Prefetcher:
 
     def _observe(self, layer: int, stopped: Stopped, batch: ForwardBatch) -> None:
         start_s = time.perf_counter()
-        is_used = stopped.counts > 0
-        for forecast in self._forecasts.pop(layer, ()):
-            asked = forecast.is_candidate
+        forecasts = self._forecasts.pop(layer, ())
+        if forecasts:
+            asked = np.concatenate([forecast.candidates for forecast in forecasts])
             self._calibration.record(
-                forecast.distance, forecast.probabilities[asked], is_used[asked]
+                np.repeat(
+                    [forecast.distance for forecast in forecasts],
+                    [len(forecast.candidates) for forecast in forecasts],
+                ),
+                np.concatenate([forecast.said for forecast in forecasts]),
+                stopped.counts[asked] > 0,
             )
         hidden = stopped.residual.float().numpy() if "hidden" in self._predictor.needs else None
         asked_s = time.perf_counter()
@@ -190,10 +195,13 @@ class Prefetcher:
         if not self.is_on:
             return
         start_s = time.perf_counter()
-        for distance in self._distances:
-            target = layer + distance
-            if target < self._cache.shape.num_layers:
-                self._foretell(target, distance if layer != START else 0)
+        last = self._cache.shape.num_layers - 1
+        targets = [layer + distance for distance in self._distances if layer + distance <= last]
+        if targets:
+            probabilities = self._predictor.predict_layers(targets, self._sequences)
+            self._asking_s += time.perf_counter() - start_s
+            for target, said in zip(targets, probabilities, strict=True):
+                self._foretell(target, target - layer if layer != START else 0, said)
         self.stats.predictor_s += time.perf_counter() - start_s
 
     def report(self) -> dict[str, Any]:
@@ -214,21 +222,22 @@ class Prefetcher:
         for expert in self._cache.guesses(layer):
             self.stats.given_up += self._queue.give_up(layer, expert)
 
-    def _foretell(self, target: int, distance: int) -> None:
-        asked_s = time.perf_counter()
-        probabilities = self._predictor.predict(target, self._sequences)
-        self._asking_s += time.perf_counter() - asked_s
-        is_absent = self._cache.absent(target)
-        self._forecasts.setdefault(target, []).append(_Forecast(distance, probabilities, is_absent))
+    def _foretell(self, target: int, distance: int, probabilities: Array) -> None:
+        candidates = np.flatnonzero(self._cache.absent(target))
+        said = probabilities[candidates]
+        self._forecasts.setdefault(target, []).append(_Forecast(distance, candidates, said))
         threshold = self._calibration.threshold(distance, self._break_even())
         if threshold is None:
+            return
+        is_sure = said >= threshold
+        if not is_sure.any():
             return
         room = self._max_guesses - self._queue.num_guesses
         if room <= 0:
             return
-        wanted = np.flatnonzero(is_absent & (probabilities >= threshold))
-        for expert in wanted[np.argsort(-probabilities[wanted], kind="stable")][:room].tolist():
-            keep = set(np.flatnonzero(probabilities >= _MAY_BE_USED).tolist())
+        keep = set(np.flatnonzero(probabilities >= _MAY_BE_USED).tolist())
+        order = np.argsort(-said[is_sure], kind="stable")[:room]
+        for expert in candidates[is_sure][order].tolist():
             slot = self._cache.guess(target, expert, keep)
             if slot is not None:
                 self._queue.guess(target, expert, slot)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from contextlib import AbstractContextManager
-from typing import Any
 
 # of the GNU library, which torch's wheels bring: how often a waiting thread looks before it sleeps
 _SPIN = "GOMP_SPINCOUNT"
@@ -14,23 +11,6 @@ _SPIN_COUNT = "2000"
 _WAIT_POLICY = "OMP_WAIT_POLICY"
 # of numpy's wheels: what numpy multiplies here is small, and its threads would spin afterwards
 _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-
-
-def one_blas_thread() -> AbstractContextManager[Any]:
-    """Give numpy's products one thread within a block, whoever loaded numpy first.
-
-    A step multiplies small matrices of statistics between the kernels: with two threads it took 1.8
-    times as long, as each product then waits for cores that the kernels and the disk have.
-    """
-    limit: AbstractContextManager[Any] = _blas().limit(limits=1)
-    return limit
-
-
-@functools.cache
-def _blas() -> Any:
-    from threadpoolctl import ThreadpoolController  # looks at every library that is loaded
-
-    return ThreadpoolController().select(internal_api="openblas")
 
 
 def wait_shortly() -> bool:

@@ -78,11 +78,15 @@ class SequencePredictor(Predictor):
         self._see(layer, ids, observation)
 
     def predict(self, layer: int, sequence_ids: Sequence[int]) -> Array:
+        first: Array = self.predict_layers([layer], sequence_ids)[0]
+        return first
+
+    def predict_layers(self, layers: list[int], sequence_ids: Sequence[int]) -> Array:
         names = list(sequence_ids)
         rows: slice | list[int] = slice(None)
         if names != self._names:
             rows = [self._row_of[name] for name in names if name in self._row_of]
-        guess = union(self._guess(layer, rows))
+        guess = union(self._guesses_of(layers, rows))
         num_known = len(self._names) if isinstance(rows, slice) else len(rows)
         if 0 < num_known < len(names):
             guess = 1 - (1 - guess) ** np.float32(len(names) / num_known)
@@ -95,6 +99,10 @@ class SequencePredictor(Predictor):
     @abstractmethod
     def _see(self, layer: int, ids: Array, observation: Observation) -> None:
         """Take note of a layer. ids: int64 [num_sequences, top_k], of their last tokens."""
+
+    def _guesses_of(self, layers: list[int], rows: slice | list[int]) -> Array:
+        """Return float32 [chosen, num_layers, num_experts], all at once where that pays."""
+        return np.stack([self._guess(layer, rows) for layer in layers], axis=1)
 
     @abstractmethod
     def _guess(self, layer: int, rows: slice | list[int]) -> Array:

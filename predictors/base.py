@@ -89,15 +89,21 @@ class Predictor(ABC):
         step; the event is the union over them. Each probability is for one token a sequence.
         """
 
+    def predict_layers(self, layers: list[int], sequence_ids: Sequence[int]) -> Array:
+        """Return `predict` of some layers, in rising order, float32 [num_layers, num_experts]."""
+        return np.stack([self.predict(layer, sequence_ids) for layer in layers])
+
     def state(self) -> dict[str, Array]:
         """Return what a later run may start from, as arrays that safetensors can hold."""
         return {}
 
 
 def union(probabilities: Array) -> Array:
-    """Return float32 [num_experts] that any of the sequences uses an expert, as if independent.
+    """Return float32 [..., num_experts] that any of the sequences uses an expert.
 
-    probabilities: float32 [num_sequences, num_experts].
+    They are taken for independent.
+
+    probabilities: float32 [num_sequences, ..., num_experts].
     """
     any_of: Array = probabilities[0]
     if len(probabilities) > 1:

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from moe_serve.predictors._learned_ids_native import NativeStep, native_for
 from moe_serve.predictors._sequences import SequencePredictor, Slots, sigmoid
 from moe_serve.predictors.base import (
     START,
@@ -113,8 +114,25 @@ class LearnedIds(SequencePredictor):
         context = np.array([self._near - 1, self._near]).repeat(half)
         self._stage_of_row = np.concatenate([stages, context, [self._near - 1, self._near]])
         self._distances = np.arange(self._reach)[:, None]
+        self._native = self._native_step()
         if state is not None:
             self._start(state)
+
+    def _native_step(self) -> NativeStep | None:
+        native = native_for(self._shape.top_k, self._stages)
+        if native is None:
+            return None
+        return NativeStep(
+            native,
+            stage_of_row=self._stage_of_row,
+            guesses=self._guesses,
+            rows=self._rows_of,
+            top_k=self._shape.top_k,
+            reach=self._reach,
+            pad=self._pad,
+            rate=float(_RATE),
+            last_scale=_LAST_SCALE,
+        )
 
     def _start(self, state: Mapping[str, Array]) -> None:
         """Take over what an earlier run learned, to be halved as soon as it proves wrong."""
@@ -166,6 +184,8 @@ class LearnedIds(SequencePredictor):
             self._rows_of[index, :layers, begin:end] = rows[row].reshape(layers, -1)
             if token_rows is not None:
                 self._rows_of[index, :layers, end:] = token_rows[row]
+        if self._native is not None:
+            self._native.begin(self._table, self._scale, self._logits)
 
     def _remember(self) -> None:
         """Move what the step before this one used to its sequences' past."""
@@ -215,14 +235,26 @@ class LearnedIds(SequencePredictor):
 
     def _see(self, layer: int, ids: Array, observation: Observation) -> None:
         self._now[:, layer] = ids
+        if self._native is not None:
+            for loss in self._native.see(layer, ids, self._learned):
+                self._watch(loss)
+            return
         for index, row in enumerate(self._learned):
             self._learn(layer, index, ids[row])
         if layer + 1 < self._shape.num_layers:
             self._spread(layer, ids)
 
     def _guess(self, layer: int, rows: slice | list[int]) -> Array:
+        return sigmoid(self._logits_of(layer)[rows, layer])
+
+    def _guesses_of(self, layers: list[int], rows: slice | list[int]) -> Array:
+        if self._logits_of(layers[0]) is self._logits_of(layers[-1]):
+            return sigmoid(self._logits_of(layers[0])[rows][:, layers])
+        return super()._guesses_of(layers, rows)
+
+    def _logits_of(self, layer: int) -> Array:
         is_early = self._layer == START or layer - self._layer > self._near
-        return sigmoid((self._early if is_early else self._logits)[rows, layer])
+        return self._early if is_early else self._logits
 
     def _spread(self, layer: int, ids: Array) -> None:
         """Add what a layer's experts say about the layers after it to their logits."""

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("experts", "comm", "predictors", "launch")
 ENGINE_SIDE = (
     "engine", "models", "layers", "experts", "comm", "predictors", "kernels",
-    "types", "config", "errors", "plugin", "openmp",
+    "types", "config", "errors", "plugin", "openmp", "blas",
 )  # fmt: skip
 ENGINE_SIDE_MAY_IMPORT = {"torch", "numpy", "safetensors", "msgspec"}
 PYTHON_FOLDERS = ("moe_serve", *LINKED, "tests", "benchmarks")

@@ -59,8 +59,7 @@ from moe_serve.predictors.base import Array, Gates, Predictor, PredictorShape
 logger = logging.getLogger(__name__)
 
 DISK_THREADS = 4
-# one copies while the other waits until the link would have carried its record
-_LINK_THREADS = 2
+_LINK_THREADS = 1
 _NUM_SAMPLES = 5
 
 Progress = Callable[[int, int], None] | None

@@ -93,10 +93,11 @@ class Sure(Calibration):
 
     def __init__(self) -> None:
         super().__init__(MAX_DISTANCE)
-        self.recorded: list[tuple[int, list[float], list[bool]]] = []
+        self.recorded: list[tuple[set[int], list[float], list[bool]]] = []
 
-    def record(self, distance: int, probabilities: Array, outcomes: Array) -> None:
-        self.recorded.append((distance, probabilities.tolist(), outcomes.tolist()))
+    def record(self, distances: Array | int, probabilities: Array, was_used: Array) -> None:
+        distance = set(np.broadcast_to(distances, probabilities.shape).tolist())
+        self.recorded.append((distance, probabilities.tolist(), was_used.tolist()))
 
     def threshold(self, distance: int, precision: float) -> float | None:
         return precision
@@ -243,7 +244,7 @@ def test_what_was_foretold_is_settled_for_those_that_were_candidates() -> None:
     parts.event(0, 4, 5)
     parts.event(1, 0, 2)
     (distance, probabilities, outcomes) = calibration.recorded[-1]
-    assert distance == 1
+    assert distance == {1}
     assert probabilities == pytest.approx([0.5] + [0.01] * 5)
     assert outcomes == [True] + [False] * 5
 

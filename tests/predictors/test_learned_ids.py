@@ -49,6 +49,35 @@ def _recall(guess: np.ndarray, routing: Routing, token: int) -> float:
     return len(set(best) & set(routing.ids[token, -1])) / SHAPE.top_k
 
 
+@pytest.mark.parametrize("num_sequences", [1, 5])
+def test_the_library_and_numpy_learn_the_same(num_sequences: int) -> None:
+    found = []
+    for is_native in (True, False):
+        routing = Routing(seed=8, num_tokens=300)
+        predictor = make("learned_ids", routing)
+        assert isinstance(predictor, learned_ids.LearnedIds)
+        assert predictor._native is not None
+        if not is_native:
+            predictor._native = None
+        guesses = []
+        for first in range(0, 300, num_sequences):
+            rows = np.arange(first, first + num_sequences)
+            names = np.arange(num_sequences)
+            for observation in routing.step(rows, names):
+                predictor.observe(observation)
+                ahead = list(range(observation.layer + 1, SHAPE.num_layers))
+                if ahead:
+                    guesses.append(predictor.predict_layers(ahead, names.tolist()))
+        found.append((np.concatenate(guesses), predictor._table, predictor._scale))
+    for ours, theirs in zip(*found, strict=True):
+        assert isinstance(predictor, learned_ids.LearnedIds)
+        pad = slice(predictor._pad, predictor._token_begin)  # their scales mean nothing
+        if ours.ndim == 1:
+            ours[pad] = theirs[pad] = 0
+        assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert np.ptp(found[0][0]) > 0.5, "it has learned nothing"
+
+
 def test_token_ids_help_where_they_are_known() -> None:
     routing, blind = Routing(seed=6, num_tokens=600), Routing(seed=6, num_tokens=600)
     blind.token_ids = np.zeros_like(blind.token_ids)

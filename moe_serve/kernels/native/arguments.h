@@ -94,6 +94,23 @@ struct StepArguments {
     const AttentionPlan* plans;
 };
 
+constexpr int64_t kMostChoices = 64, kMostStages = 16;
+
+// The state of predictor learned_ids for a step. padded: num_layers + reach.
+struct LearnedIds {
+    float *table, *scale;  // [rows, num_experts], [rows]
+    int64_t num_experts, num_layers, top_k;
+    int64_t reach, near;  // layers that an observed one speaks about; distances with a stage
+    int64_t num_rows;     // that make a guess
+    int64_t num_sequences;
+    int64_t pad;                  // the first of `reach` rows that are zeros
+    const int32_t* stage_of_row;  // [num_rows]
+    float* logits;                // [num_sequences, padded, num_experts]
+    float* guesses;               // [learned, padded, near + 1, num_experts]
+    int64_t* rows;                // [learned, padded, num_rows]
+    float rate, last_scale;
+};
+
 struct Arrivals;  // of transfers.h
 
 // Where a forward pass stands that stops for experts which are not resident, and what it is told.

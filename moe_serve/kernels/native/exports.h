@@ -178,6 +178,13 @@ MS_VISIBLE void MS_EXPORT(forward)(
     MS_TEAM(forward(*model, *step, Workspace<T>(*model, *step, memory), *progress, (T*)out));
 }
 
+// See see_layer.
+MS_VISIBLE void MS_EXPORT(learned_ids_see)(
+    const ms::LearnedIds* how, int64_t layer, const int64_t* ids, const int64_t* learned,
+    int64_t num_learned, float* errors, float* losses) {
+    MS_ISA::see_layer(*how, layer, ids, learned, num_learned, errors, losses);
+}
+
 #include "attention_exports.h"
 #include "sampling_exports.h"
 

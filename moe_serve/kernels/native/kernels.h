@@ -9,3 +9,4 @@
 #include "attention.h"
 #include "sampling.h"
 #include "forward.h"
+#include "learned_ids.h"

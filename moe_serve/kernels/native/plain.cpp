@@ -17,6 +17,7 @@ namespace plain {
 MS_VISIBLE int64_t ms_sizes(int32_t which) {
     const int64_t sizes[] = {
         sizeof(ms::LayerArguments), sizeof(ms::ModelArguments), sizeof(ms::StepArguments),
-        sizeof(ms::AttentionPlan), sizeof(ms::Progress), sizeof(ms::Arrivals)};
+        sizeof(ms::AttentionPlan), sizeof(ms::Progress), sizeof(ms::Arrivals),
+        sizeof(ms::LearnedIds)};
     return sizes[which];
 }

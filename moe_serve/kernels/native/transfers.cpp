@@ -66,9 +66,10 @@ struct TransferSource {
     int64_t urgent_piece_bytes;  // of what is needed now
 };
 
-// A record on its way, at most one for a slot. taken: bytes handed out to threads, in order; at:
-// bytes that have arrived; num_running: threads that bring in a piece.
+// A record on its way, at most one for a slot. asked_s: when it was asked for; taken: bytes handed
+// out to threads, in order; at: bytes that have arrived; num_running: threads that bring in a piece.
 struct Transfer {
+    double asked_s;
     int32_t layer, expert;
     int64_t taken, at;
     int32_t num_running;
@@ -113,12 +114,14 @@ class Transfers {
     // loads: [count] of (expert, slot).
     void begin(int64_t layer, int64_t count, const int64_t (*loads)[2], bool is_urgent) {
         int64_t num_pieces = 0;
+        const double asked_s = now_s();
         {
             std::lock_guard<std::mutex> lock(mutex_);
             for (int64_t index = 0; index < count; index++) {
                 const int32_t expert = int32_t(loads[index][0]), slot = int32_t(loads[index][1]);
                 Transfer& transfer = transfers_[slot];
-                transfer = {int32_t(layer), expert, 0, 0, 0, kUnderWay, is_urgent, false, false};
+                transfer = {asked_s, int32_t(layer), expert, 0,     0, 0, kUnderWay,
+                            is_urgent, false,        false};
                 slot_of_expert_[layer * source_.num_experts + expert] = slot;
                 (is_urgent ? urgent_ : guesses_).push_back(slot);
                 num_pieces += ceil_div(size_of(transfer), piece_of(transfer));
@@ -304,7 +307,7 @@ class Transfers {
             if (end_byte == size) queue.pop_front();
             transfer.num_running++;
             lock.unlock();
-            const bool is_good = bring(transfer.layer, transfer.expert, slot, begin, end_byte);
+            const bool is_good = bring(transfer, slot, begin, end_byte);
             lock.lock();
             transfer.num_running--;
             if (is_good) {
@@ -320,10 +323,12 @@ class Transfers {
         }
     }
 
-    bool bring(int64_t layer, int64_t expert, int64_t slot, int64_t begin, int64_t end_byte) {
+    // What of `transfer` is read here does not change while it is under way.
+    bool bring(const Transfer& transfer, int64_t slot, int64_t begin, int64_t end_byte) {
+        const int64_t layer = transfer.layer, expert = transfer.expert;
         char* into = source_.slots + slot * source_.slot_bytes + begin;
         if (source_.descriptor < 0) {
-            carry(layer, expert, into, begin, end_byte - begin);
+            carry(transfer, into, begin, end_byte - begin);
             return true;
         }
         int64_t at = first_bytes_[layer] + expert * record_bytes_[layer] + begin;
@@ -343,15 +348,17 @@ class Transfers {
         return true;
     }
 
-    // Copy, and stay until the link has carried it, after all that was asked of it before.
-    void carry(int64_t layer, int64_t expert, char* into, int64_t begin, int64_t size) {
+    // Copy, and stay until the link has carried it, after all that was asked of it before: a link
+    // goes from one to the next by itself, and does not wait until a thread has woken.
+    void carry(const Transfer& transfer, char* into, int64_t begin, int64_t size) {
         double due_s;
         {
             std::lock_guard<std::mutex> lock(link_mutex_);
-            free_at_s_ = std::max(now_s(), free_at_s_) + double(size) / source_.bytes_per_s;
+            free_at_s_ =
+                std::max(transfer.asked_s, free_at_s_) + double(size) / source_.bytes_per_s;
             due_s = free_at_s_;
         }
-        const int64_t record = layer * source_.num_experts + expert;
+        const int64_t record = transfer.layer * source_.num_experts + transfer.expert;
         memcpy(into, source_.host + record * record_bytes_[0] + begin, size);
         sleep_until(due_s);
     }
