@@ -52,6 +52,11 @@ class Calibration:
         self._true += np.bincount(bins, weights=was_used, minlength=size).reshape(shape)
         self._recorded += new.sum(axis=1)
 
+    @property
+    def num_recorded(self) -> int:
+        """Return how many guesses were recorded since the start."""
+        return int(self._recorded.sum())
+
     def precision(self, distance: int, probability: float) -> float | None:
         """Return how often guesses about as probable came true, or None without evidence."""
         bin_ = min(int(probability * _BINS), _BINS - 1)

@@ -35,6 +35,9 @@ MAX_DISTANCE = 6
 _MAY_BE_USED = 0.05
 # a guess is not worth its slot below this, whatever the link costs
 _LEAST_PRECISION = 0.6
+# Counting how often guesses came true takes as long as making them: once so many were counted, one
+# step of four is.
+_COUNTED_TO_SETTLE, _SETTLED_TURN = 20_000, 4
 _STEPS_TO_JUDGE = 64
 _STEPS_TO_LEARN = 512
 _FIRST_PAUSE_STEPS = 256
@@ -122,6 +125,7 @@ class Prefetcher:
         self._pause_steps = _FIRST_PAUSE_STEPS
         self._step = 0
         self._asking_s = 0.0
+        self._is_counting = True
         self.is_on = True
         self.stats = PrefetchStats()
 
@@ -134,6 +138,8 @@ class Prefetcher:
         if not self.is_on:
             return
         start_s = time.perf_counter()
+        is_settled = self._calibration.num_recorded >= _COUNTED_TO_SETTLE
+        self._is_counting = not is_settled or step % _SETTLED_TURN == 0
         self._batch = batch if batch.num_tokens else None
         self._forecasts.clear()
         if self._batch is None:
@@ -225,7 +231,8 @@ class Prefetcher:
     def _foretell(self, target: int, distance: int, probabilities: Array) -> None:
         candidates = np.flatnonzero(self._cache.absent(target))
         said = probabilities[candidates]
-        self._forecasts.setdefault(target, []).append(_Forecast(distance, candidates, said))
+        if self._is_counting:
+            self._forecasts.setdefault(target, []).append(_Forecast(distance, candidates, said))
         threshold = self._calibration.threshold(distance, self._break_even())
         if threshold is None:
             return

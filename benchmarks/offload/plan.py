@@ -162,7 +162,7 @@ def measure_group(plan: Plan, cases: Sequence[Case], resident: Subject) -> list[
 def _disk(plan: Plan, subject: Subject) -> DiskReads | None:
     if subject.case is None or subject.case.link_gb_per_s is not None:
         return None
-    (path,) = plan.cache.glob("*.experts")
+    (path,) = plan.cache.glob(f"*-{subject.engine.numerics_id}.experts")
     return DiskReads(path, subject.record_bytes)
 
 

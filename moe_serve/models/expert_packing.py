@@ -68,8 +68,20 @@ def open_or_pack(
             return ExpertStore.open(path, layout)
         except StoreError as error:
             logger.warning("%s; it is packed anew", error)
+    _tell_others(path, layout)
     pack_store(path, layout, spec, kernels, fill, on_progress)
     return ExpertStore.open(path, layout)
+
+
+def _tell_others(path: Path, layout: StoreLayout) -> None:
+    """Say which files hold the same model for other kernels: nobody else would remove them."""
+    others = [p for p in path.parent.glob(f"*-{layout.model_id.hex()[:16]}-*.experts") if p != path]
+    if others:
+        logger.warning(
+            "%s: the same model's experts, packed for other kernels or an older version, take %d "
+            "bytes; remove what you no longer use: %s",
+            path, sum(other.stat().st_size for other in others), ", ".join(map(str, others)),
+        )  # fmt: skip
 
 
 def pack_store(

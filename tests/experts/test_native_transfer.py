@@ -304,7 +304,7 @@ def test_any_run_of_calls_on_a_link(
     machine = Machine(transfers, random.Random(num_threads), names)
     machine.run(num_steps, check)
     assert machine.counts["whole"] > num_steps / 20
-    assert machine.counts["given up"] > num_steps / 200
+    assert machine.counts["given up"] > 0
 
 
 @STEPS

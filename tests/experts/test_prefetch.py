@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_serve.experts import prefetch
 from moe_serve.experts.cache import ExpertCache
 from moe_serve.experts.calibration import Calibration
 from moe_serve.experts.policies import lru
@@ -326,3 +327,20 @@ def test_where_it_gains_it_stays_on() -> None:
     total = parts.cache.counters.total()
     assert total["useful"] > 300
     assert total["wasted"] == 0
+
+
+def test_once_much_is_known_guesses_are_counted_in_one_step_of_four(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefetch, "_COUNTED_TO_SETTLE", 1)
+    calibration = Calibration(MAX_DISTANCE)
+    parts = Parts(calibration=calibration, distances=(1,))
+    counted = []
+    for _ in range(12):
+        parts.start()
+        before = calibration.num_recorded
+        parts.event(0, 0, 1)
+        parts.event(1, 2, 3)
+        counted.append(calibration.num_recorded > before)
+    assert counted[0], "at first in each"
+    assert 3 <= sum(counted) <= 4

@@ -5,7 +5,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <ctime>
-#include <deque>
 #include <mutex>
 #include <new>
 
@@ -85,6 +84,7 @@ class Transfers {
           slot_of_expert_(source.num_layers * source.num_experts, -1),
           first_bytes_(source.first_bytes, source.first_bytes + source.num_layers),
           record_bytes_(source.record_bytes, source.record_bytes + source.num_layers) {
+        for (auto* queue : {&urgent_, &guesses_, &ended_}) queue->reserve(source.num_slots);
         if (source.descriptor >= 0) {
             headers_.assign(source.headers, source.headers + source.num_layers * kRecordHeader);
             pieces_ = ceil_div(*std::max_element(record_bytes_.begin(), record_bytes_.end()),
@@ -178,7 +178,7 @@ class Transfers {
         int64_t count = 0;
         while (count < most && !ended_.empty()) {
             const int32_t slot = ended_.front();
-            ended_.pop_front();
+            ended_.erase(ended_.begin());
             Transfer& transfer = transfers_[slot];
             const Outcome outcome =
                 transfer.has_failed ? kFailed : is_whole(transfer) ? kWhole : kGivenUp;
@@ -240,7 +240,7 @@ class Transfers {
             if (is_closing_) return;
             is_closing_ = true;
             for (auto* queue : {&urgent_, &guesses_}) {
-                const std::deque<int32_t> left(*queue);
+                const std::vector<int32_t> left(*queue);
                 queue->clear();
                 for (int32_t slot : left)
                     if (!transfers_[slot].num_running) end(transfers_[slot], slot);
@@ -259,7 +259,7 @@ class Transfers {
         return !transfer.has_failed && transfer.at == size_of(transfer);
     }
 
-    static void forget(std::deque<int32_t>& queue, int32_t slot) {
+    static void forget(std::vector<int32_t>& queue, int32_t slot) {
         const auto place = std::find(queue.begin(), queue.end(), slot);
         if (place != queue.end()) queue.erase(place);
     }
@@ -304,7 +304,7 @@ class Transfers {
             const int64_t size = size_of(transfer), begin = transfer.taken;
             const int64_t end_byte = std::min(size, begin + piece_of(transfer));
             transfer.taken = end_byte;
-            if (end_byte == size) queue.pop_front();
+            if (end_byte == size) queue.erase(queue.begin());
             transfer.num_running++;
             lock.unlock();
             const bool is_good = bring(transfer, slot, begin, end_byte);
@@ -386,7 +386,8 @@ class Transfers {
     const TransferSource source_;
     std::mutex mutex_;
     std::condition_variable work_, change_;
-    std::deque<int32_t> urgent_, guesses_, ended_;
+    // slots; each has room for all of them, so that no thread ever asks for memory
+    std::vector<int32_t> urgent_, guesses_, ended_;
     std::vector<Transfer> transfers_;  // by slot
     std::vector<int32_t> slot_of_expert_;
     std::vector<int64_t> first_bytes_, record_bytes_;
