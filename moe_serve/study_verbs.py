@@ -134,6 +134,104 @@ def simulate(
 
 
 @verb_of(app)
+def place(
+    source: TraceFile,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Processes to spread experts over.")],
+    target: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The placement, for --placement.")
+    ] = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Hosts, as many ranks on each.")] = 1,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", help="A file in experts/placement; again for more."),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option("--slots", min=1, help="Of a layer on a rank; room for replicas."),
+    ] = None,
+    sglang: Annotated[
+        Path | None, typer.Option(help="The same as SGLang's --init-expert-location reads it.")
+    ] = None,
+    given: Annotated[
+        Path | None, typer.Option(help="A placement to judge as well, ours or SGLang's.")
+    ] = None,
+    other: Annotated[
+        Path | None, typer.Option("--other", help="A trace of another task, to judge on as well.")
+    ] = None,
+    balance: Annotated[
+        float, typer.Option(help="What even loads count beside traffic, for joint.")
+    ] = 3.0,
+    most_imbalance: Annotated[
+        float, typer.Option(help="No rank above 1 + this times the mean load, for joint.")
+    ] = 0.05,
+    groups: Annotated[int, typer.Option(help="Groups that stay on one node, for eplb.")] = 0,
+    bias: Annotated[int, typer.Option(help="Hottest experts that go everywhere, for eplb.")] = 0,
+    hidden_size: Annotated[int, typer.Option(help="Of the model, for bytes a token.")] = 2048,
+    topology: Annotated[
+        Path | None,
+        typer.Option(help="JSON: rank_gb_per_s, node_gb_per_s, latency_us, expert_us."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for plots (needs the study extra).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Spread a model's experts over ranks by a trace, and judge it on what was not learned from."""
+    from moe_serve.experts.output_file import output_path
+    from moe_serve.experts.placement.base import Mesh, PlacementOptions
+    from moe_serve.experts.placement_file import read_placement, write_placement, write_sglang
+    from moe_serve.experts.trace import read_trace  # imports numpy
+    from moe_serve.study import place as study
+    from moe_serve.study.judge import read_topology
+    from moe_serve.study.place_plots import write_plots
+    from moe_serve.study.plots import check_available
+    from moe_serve.study.tables import table
+
+    if ranks % nodes:
+        raise ConfigError(f"{ranks} ranks cannot be shared evenly by {nodes} nodes")
+    if plots is not None:
+        check_available()
+    for path in (target, sglang):
+        if path is not None:
+            output_path(path)
+    strategies = tuple(strategy or ("joint",))
+    recorded = read_trace(source)
+    mesh = Mesh(num_ranks=ranks, ranks_per_node=ranks // nodes)
+    options = study.PlaceOptions(
+        mesh=mesh,
+        strategies=strategies,
+        slots_per_rank=slots,
+        other=None if other is None else read_trace(other),
+        given=None if given is None else read_placement(given, mesh),
+        hidden_size=hidden_size,
+        topology=read_topology(topology),
+        placement=PlacementOptions(
+            balance=balance, most_imbalance=most_imbalance, groups=groups, bias=bias
+        ),
+    )
+    placed = study.place(recorded, options, progress=note)
+    if target is not None:
+        write_placement(target, placed[strategies[0]].placement)
+        note(f"{target} has the placement of {strategies[0]}")
+    if sglang is not None:
+        write_sglang(sglang, placed[strategies[0]].placement)
+        note(f"{sglang} has it for SGLang")
+    if plots is not None:
+        for path in write_plots(placed, study.pareto(recorded, options), plots):
+            note(f"wrote {path}")
+    for line in study.notes(list(placed)):
+        note(line)
+    if as_json:
+        print_json(study.as_json(recorded, options, placed))
+        return
+    bound = study.least_ranks_per_token(recorded, options)
+    title = (
+        f"trace {recorded.name}, {ranks} ranks on {nodes} nodes; ranks/token at least {bound:.3f}"
+    )
+    print(table(title, study.HEAD, study.table_rows(placed)))
+
+
+@verb_of(app)
 def train_predictor(
     source: TraceFile,
     target: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],

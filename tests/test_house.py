@@ -34,6 +34,7 @@ ENTRY_POINTS = {
     "moe_serve.engine.policies": "build",
     "moe_serve.comm": "build",
     "moe_serve.experts.policies": "build",
+    "moe_serve.experts.placement": "place",
     "moe_serve.predictors": "build",
     "benchmarks.peers.systems": "build",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -229,8 +228,8 @@ class ExpertParts:
             return None
         predictor = build_predictor(gates)
         scratch = tier.memory.records[0]
-        load_s = _median_s(lambda index: self._load(tier.source, scratch, index, None))
-        chunk_s = _median_s(lambda index: self._load(tier.source, scratch, index, CHUNK_BYTES))
+        load_s = _least_s(lambda index: self._load(tier.source, scratch, index, None))
+        chunk_s = _least_s(lambda index: self._load(tier.source, scratch, index, CHUNK_BYTES))
         link = LinkTimes(load_s=load_s, chunk_s=min(chunk_s, load_s))
         calibration = Calibration(MAX_DISTANCE)
         kind = self._config.experts.prefetch
@@ -262,11 +261,11 @@ class ExpertParts:
             rows = torch.zeros(num_rows, table.hidden_size, dtype=table.dtype)
             self._kernels.moe(rows, torch.arange(num_rows), counts, table)
 
-        one_s = _median_s(lambda expert: run(expert, 1))
-        many_s = _median_s(lambda expert: run(expert, many))
+        one_s = _least_s(lambda expert: run(expert, 1))
+        many_s = _least_s(lambda expert: run(expert, many))
         row_s = max(0.0, (many_s - one_s) / (many - 1))
         return MissCosts(
-            copy_s=_median_s(lambda index: self._load(source, scratch, index, None)),
+            copy_s=_least_s(lambda index: self._load(source, scratch, index, None)),
             host_s=one_s - row_s,
             host_row_s=row_s,
             device_s=one_s - row_s,
@@ -387,11 +386,11 @@ def default_store_folder() -> Path:
     return Path(cache) / "moe_serve" / "experts"
 
 
-def _median_s(work: Callable[[int], object]) -> float:
-    """Return the median time of some calls after a first one."""
+def _least_s(work: Callable[[int], object]) -> float:
+    """Return the least time of some calls after a first one: what others do only adds to it."""
     times_s = []
     for index in range(_NUM_SAMPLES + 1):
         start_s = time.perf_counter()
         work(index)
         times_s.append(time.perf_counter() - start_s)
-    return statistics.median(times_s[1:])
+    return min(times_s[1:])

@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-_DPI = 80
-_PANEL_INCHES = (4.6, 3.4)
+DPI = 80
+PANEL_INCHES = (4.6, 3.4)
 
 
 def check_available() -> None:
     """Raise ConfigError where matplotlib is not installed."""
-    _figure_class()
+    figure_class()
 
 
-def _figure_class() -> type[Figure]:
+def figure_class() -> type[Figure]:
+    """Return matplotlib's Figure. Raises ConfigError where it is not installed."""
     try:
         from matplotlib.figure import Figure  # an optional library
     except ImportError as error:
@@ -49,7 +50,7 @@ def write_plots(result: Mapping[str, Any], trace: Trace, folder: Path) -> list[P
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in _figures(rows, result.get("predictions", ()), trace):
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=_DPI)
+            figure.savefig(path, dpi=DPI)
             written.append(path)
     except OSError as error:
         raise ConfigError(f"plots {folder}: cannot be written ({error.strerror})") from error
@@ -73,8 +74,8 @@ def _figures(
 
 
 def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
-    width, height = _PANEL_INCHES
-    figure = _figure_class()(figsize=(width * count, height), layout="constrained")
+    width, height = PANEL_INCHES
+    figure = figure_class()(figsize=(width * count, height), layout="constrained")
     return figure, list(np.ravel(figure.subplots(1, count)))
 
 

@@ -22,7 +22,7 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 def _misses(rows: Iterable[Row]) -> str:
-    return _table(
+    return table(
         "misses: blocks moved / (tokens x top_k x layers); r: an event's union over the slots",
         (
             "policy", "scope", "slots", "batch", "split", "miss", "belady", "forced", "gap closed",
@@ -41,7 +41,7 @@ def _misses(rows: Iterable[Row]) -> str:
 
 
 def _clock(rows: Iterable[Row]) -> str:
-    return _table(
+    return table(
         "virtual clock: counts are per 1,000 tokens",
         (
             "policy", "predictor", "scope", "slots", "batch", "split", "ms/token", "stall", "miss",
@@ -61,7 +61,7 @@ def _clock(rows: Iterable[Row]) -> str:
 
 
 def _predictions(rows: Sequence[Row]) -> str:
-    return _table(
+    return table(
         "guesses: recall of the experts used; issued: of those not resident, above the threshold",
         (
             "predictor", "slots", "batch", "split", "tokens", "ahead", "recall@k", "recall@2k",
@@ -92,7 +92,7 @@ def _costs(rows: Sequence[Row], predictions: Sequence[Row]) -> str:
         time_us = row["observe_us"] + row["predict_us"]
         cost = (time_us, row["held_bytes"], row["state_bytes"])
         lines.setdefault(("predictor", row["predictor"], _batch(row)), []).append(cost)
-    return _table(
+    return table(
         "costs: of a policy with the cache, mean; of a predictor, one look and one guess, medians",
         ("kind", "name", "batch", "us/event", "holds kB", "saves kB"),
         (
@@ -107,7 +107,7 @@ def _costs(rows: Sequence[Row], predictions: Sequence[Row]) -> str:
     )
 
 
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return lines as wide as their widest cells; the first column and words lie to the left."""
     cells = [tuple(head), *(tuple(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
