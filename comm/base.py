@@ -5,6 +5,7 @@ A dispatcher knows bytes and ranks, not models: `comm/local.py` is the reference
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -44,6 +45,10 @@ class Receipt:
 
 class Dispatcher(Protocol):
     """Carry tokens to their experts and the results back. Collective where there are ranks."""
+
+    def begin_step(self, num_tokens: Sequence[int]) -> None:
+        """Say how many tokens every rank has in the step that begins, [num_ranks]."""
+        ...
 
     def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> tuple[Inbox, Receipt]:
         """Send each token, a row of `hidden` [num_tokens, hidden_size], to its experts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ class LocalDispatcher:
         self.num_experts = num_experts
         self._sort_pairs = sort_pairs
         self._combine = combine
+
+    def begin_step(self, num_tokens: Sequence[int]) -> None:
+        """One rank needs no agreement."""
 
     def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> tuple[Inbox, Receipt]:
         counts, row_of_pair, pair_of_choice = self._sort_pairs(routing.expert_ids, self.num_experts)
