@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from moe_serve.errors import CapacityError
+from moe_serve.errors import CapacityError, StoreError
 from moe_serve.experts.transfer import (
     CHUNK_BYTES,
     EmulatedLink,
@@ -155,9 +155,14 @@ class NativeTransfers:
         return bool(self._give_up(self._handle, layer, expert))
 
     def ended(self, wait: bool = False) -> list[Transfer]:
+        found: list[Transfer] = []
         fields = self._fields
-        count = self._ended(self._handle, wait, len(fields), fields.ctypes.data)
-        return [self._transfer(*row) for row in fields[:count].tolist()]
+        while True:
+            is_waiting = wait and not found
+            count = self._ended(self._handle, is_waiting, len(fields), fields.ctypes.data)
+            found += [self._transfer(*row) for row in fields[:count].tolist()]
+            if count < len(fields):
+                return found
 
     def is_known(self, layer: int, expert: int) -> bool:
         return bool(self._is_known(self._handle, layer, expert))
@@ -187,6 +192,8 @@ class NativeTransfers:
             self._free(self._handle)
 
     def _start(self, layer: int, loads: Sequence[tuple[int, int]], is_urgent: bool) -> None:
+        if not self._is_open:
+            raise StoreError("experts are asked for after the end; the engine was closed")
         what = (ctypes.c_int64 * (2 * len(loads)))(*(number for load in loads for number in load))
         self._begin(self._handle, layer, len(loads), ctypes.addressof(what), is_urgent)
 

@@ -245,11 +245,16 @@ class OffloadedExperts:
                 f"{shape.total_slots} expert slots, but there is room for "
                 f"{self._memory.most_slots}; give at most that"
             )
+        if self._is_broken:
+            self._begin_anew()
         if self.prefetcher is not None:
             for layer in range(shape.num_layers):
                 self.prefetcher.give_up(layer)
+        self._forget_lost()
         while self.cache.num_loading:
-            self._collect(self.queue.ended(wait=True))
+            ended = self.queue.ended(wait=True)
+            assert ended, "experts are loading that nobody brings"
+            self._collect(ended)
         old = self.cache.shape.total_slots
         if shape.total_slots > old:
             self._memory.resize(shape.total_slots)

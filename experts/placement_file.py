@@ -48,7 +48,7 @@ def read_placement(path: Path, mesh: Mesh | None = None) -> Placement:
     """Read placement.json, or SGLang's form with `mesh`. Raises ConfigError."""
     try:
         data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a placement ({error})") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a placement: no object")
@@ -58,22 +58,25 @@ def read_placement(path: Path, mesh: Mesh | None = None) -> Placement:
                 raise ConfigError("physical_to_logical_map says nothing of ranks: name them")
             return from_physical(np.array(data["physical_to_logical_map"]), mesh)
         return _from_json(data)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: not a placement: {error!r}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{path}: not a placement: {error!r}") from error
 
 
 def _from_json(data: Mapping[str, Any]) -> Placement:
     if data.get("schema") != SCHEMA:
         raise ConfigError(f"schema is {data.get('schema')!r}, not {SCHEMA}")
-    mesh = Mesh(num_ranks=int(data["num_ranks"]), ranks_per_node=int(data["ranks_per_node"]))
+    for name in ("num_ranks", "ranks_per_node", "num_layers", "num_experts"):
+        if type(data[name]) is not int:
+            raise ConfigError(f"{name} is {data[name]!r}, not a whole number")
+    mesh = Mesh(num_ranks=data["num_ranks"], ranks_per_node=data["ranks_per_node"])
     ranks = tuple(tuple(tuple(sorted(_ranks(one))) for one in layer) for layer in data["layers"])
     if len(ranks) != data["num_layers"]:
         raise ConfigError(f"num_layers is {data['num_layers']}, but layers has {len(ranks)}")
     return Placement(
         mesh,
-        int(data["num_experts"]),
+        data["num_experts"],
         ranks,
         str(data.get("strategy", "")),
         dict(data.get("trained_on") or {}),
@@ -102,6 +105,11 @@ def from_physical(physical: Array, mesh: Mesh, num_experts: int | None = None) -
     if physical.min() < 0:
         raise ConfigError("a map of slots has an expert below 0")
     experts = int(physical.max()) + 1 if num_experts is None else num_experts
+    if not int(physical.max()) < experts <= physical.shape[1]:
+        raise ConfigError(
+            f"{physical.shape[1]} slots cannot hold {experts} experts, of which the last is "
+            f"{int(physical.max())}"
+        )
     size = physical.shape[1] // mesh.num_ranks
     layers = []
     for row in physical:

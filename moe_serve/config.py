@@ -170,7 +170,8 @@ class ExpertsConfig:
         default="auto",
         metadata={
             "help": "What is not there is copied; split: or run where it lies, so that both end "
-            "together; auto: split where that gives the same bits.",
+            "together (on a CPU that is mostly to run it there: few slots are then used); auto: "
+            "split where that gives the same bits.",
             "choices": ("auto", "copy", "split"),
         },
     )

@@ -138,7 +138,10 @@ def place(
     source: TraceFile,
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="Processes to spread experts over.")],
     target: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The placement, for --placement.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Where the first --strategy's placement goes, as JSON."
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Hosts, as many ranks on each.")] = 1,
     strategy: Annotated[

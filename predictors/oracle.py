@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moe_serve.errors import TraceError
+from moe_serve.errors import ConfigError, TraceError
 from moe_serve.predictors._sequences import SequencePredictor, uses
 from moe_serve.predictors.base import Array, Gates, Observation, Predictor, PredictorShape
 
@@ -19,7 +19,11 @@ class Oracle(SequencePredictor):
     def __init__(self, shape: PredictorShape, state: Mapping[str, Array] | None) -> None:
         """state: ids, int [num_tokens, num_layers, top_k], and sequence_ids, int [num_tokens]."""
         super().__init__(shape)
-        if not state or any(name not in state for name in _FIELDS):
+        if state is None:
+            raise ConfigError(
+                "predictor oracle knows the future: it is for `simulate` only; serve with another"
+            )
+        if any(name not in state for name in _FIELDS):
             raise TraceError(f"oracle needs the future in its state: {', '.join(_FIELDS)}")
         self._ids, names = state["ids"], state["sequence_ids"]
         size = (len(names), shape.num_layers, shape.top_k)

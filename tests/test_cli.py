@@ -130,6 +130,7 @@ def test_verbs_are_these(capsys: pytest.CaptureFixture[str]) -> None:
         "doctor",
         "trace",
         "simulate",
+        "place",
         "train-predictor",
         "bench",
     ]

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from moe_serve.types import RequestOutput
 from tests.models.bad_checkpoints import CONFIG
 from tests.offloaded import (
     GREEDY,
+    HALF,
     LEAST,
     NUM_EXPERTS,
     QUARTER,
@@ -456,4 +458,44 @@ def test_an_interrupt_while_experts_run_in_place_loses_nothing(
         first = generate(llm)
         kept.clear()
         assert first == whole
+        assert generate(llm) == whole
+
+
+def test_a_pass_that_waits_ends_when_the_engine_is_closed(packed: Path) -> None:
+    """By another thread: the step fails, and nobody waits for what no thread brings any more."""
+    llm = make(packed, expert_cache_slots=LEAST, emulate_link=0.02, miss="copy")
+    ended: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            generate(llm)
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    time.sleep(0.3)
+    llm.close()
+    thread.join(20)
+    assert not thread.is_alive(), "the pass waits for ever"
+    assert len(ended) == 1
+
+
+def test_a_resize_after_an_interrupt_begins_anew(packed: Path, whole: list[Any]) -> None:
+    """Transfers that an interrupt took away are not waited for."""
+    with make(packed, expert_cache_slots=QUARTER, prefetch="on") as llm:
+        assert isinstance(llm.engine, Engine)
+        experts: Any = llm.engine.runner.model.experts
+        assert generate(llm) == whole
+        experts.preload((layer, expert) for layer in range(6) for expert in range(NUM_EXPERTS))
+        for layer in range(6):
+            expert = experts.cache.residents(layer)[0]
+            experts.cache.drop(layer, expert)
+            slot = experts.cache.guess(layer, expert)
+            experts.queue.guess(layer, expert, slot)
+        while experts.queue.is_busy:
+            time.sleep(1e-3)
+        experts.queue.ended()  # what a Ctrl-C behind it leaves
+        llm.engine.resize_expert_cache(HALF)
         assert generate(llm) == whole

@@ -41,8 +41,8 @@ def test_a_table_with_baselines_a_file_and_plots(
     assert [line.split()[0] for line in lines[2:]] == [
         name for name in ("contiguous", "eplb", "joint", "affinity") for _ in range(3)
     ]
-    assert "affinity has no effect where tokens return home" in err
-    assert "not measured here" in err
+    assert "affinity gains nothing by its hops where tokens return home" in err
+    assert "modelled, not measured" in err
     placement = read_placement(target)
     assert placement.strategy == "joint"
     assert (placement.mesh.num_ranks, placement.mesh.ranks_per_node) == (4, 2)

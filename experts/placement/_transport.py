@@ -22,6 +22,8 @@ def assign(gain: Array, room: Sequence[int], start: Array | None = None) -> Arra
     begin at, which fit; the nearer to the best, the sooner it is found.
     """
     num_experts = len(gain)
+    if not num_experts:
+        return np.zeros(0, np.int64)
     assert sum(room) >= num_experts, (sum(room), num_experts)
     owners = _greedy(gain, room) if start is None else start.copy()
     moves = _Moves(gain, owners, room)

@@ -70,7 +70,7 @@ def solve(
     source = np.random.default_rng(seed)
     first = blocks(room, num_experts)
     best: tuple[float, Array] | None = None
-    size = num_experts**2 * (len(hops) + 1)
+    size = max(1, num_experts**2 * (len(hops) + 1))
     num_starts = 1 + restarts * min(_MOST_TIMES, max(1, _CHEAP // size))
     for attempt in range(num_starts):
         start = first if attempt == 0 else first[source.permutation(num_experts)]

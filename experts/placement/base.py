@@ -89,6 +89,12 @@ class PlacementOptions:
     seed: int = 0
     bias: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("balance", "most_imbalance", "groups", "restarts", "bias"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ConfigError(f"{name} is {value}; give 0 or more")
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

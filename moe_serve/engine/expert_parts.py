@@ -299,7 +299,7 @@ class ExpertParts:
             list(self._layers),
             num_experts,
             self._residency.top_k,
-            self._model_hash()[:16],
+            _hash_of(self._config, self._folder, counts_time=False)[:16],
         )
 
     def _gates(self, weights: Mapping[str, Tensor]) -> Gates:
@@ -353,7 +353,7 @@ class ExpertParts:
         return WeightReader.open(self._folder, self._spec).read
 
     def _model_hash(self) -> str:
-        return _hash_of(self._config, self._folder)
+        return _hash_of(self._config, self._folder, counts_time=True)
 
     def _store_folder(self) -> Path:
         given = self._config.experts.expert_store
@@ -366,13 +366,15 @@ def read_usage(config: EngineConfig, spec: ModelSpec, folder: Path) -> ProfileKe
     if path is None or not layers:
         return None
     counts = [moe.router.num_experts for layer in spec.layers if (moe := layer.moe) is not None]
-    before = read_profile(Path(path), _hash_of(config, folder)[:16], len(layers), max(counts))
+    before = read_profile(
+        Path(path), _hash_of(config, folder, counts_time=False)[:16], len(layers), max(counts)
+    )
     return ProfileKeeper(Path(path), before, config.experts.eviction)
 
 
-def _hash_of(config: EngineConfig, folder: Path) -> str:
+def _hash_of(config: EngineConfig, folder: Path, *, counts_time: bool) -> str:
     is_dummy = config.weights.load_format == "dummy"
-    return dummy_hash(folder) if is_dummy else model_hash(folder)
+    return dummy_hash(folder) if is_dummy else model_hash(folder, counts_time=counts_time)
 
 
 def default_store_folder() -> Path:

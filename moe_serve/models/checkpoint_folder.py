@@ -44,8 +44,11 @@ class Checkpoint:
         raise CheckpointError(_no_weights(folder))
 
 
-def model_hash(folder: Path) -> str:
+def model_hash(folder: Path, *, counts_time: bool = True) -> str:
     """Return a cheap identity of a checkpoint, in hex: a sha256, without reading it all.
+
+    counts_time: also of when the files were changed, which weights must be sure of; statistics of a
+    model (traces, profiles) serve a copy as well, and leave it out.
 
     It is of config.json and, for each weight file: name, size, header, time of last change (ns) and
     64 blocks of 4,096 bytes spread evenly over the file. Fine-tunes of a model have the same
@@ -62,7 +65,8 @@ def model_hash(folder: Path) -> str:
         header = read_header(path)
         digest.update(f"\n{path.name} {header.file_bytes} ".encode() + header.sha256)
         with opened(path) as descriptor:
-            digest.update(f" {os.fstat(descriptor).st_mtime_ns} ".encode())
+            if counts_time:
+                digest.update(f" {os.fstat(descriptor).st_mtime_ns} ".encode())
             for block in _samples(descriptor, path, header.file_bytes):
                 digest.update(block)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ Decides what a store must hold and fills it; how it lies in a file is the store'
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -74,12 +75,14 @@ def open_or_pack(
 
 
 def _tell_others(path: Path, layout: StoreLayout) -> None:
-    """Say which files hold the same model for other kernels: nobody else would remove them."""
-    others = [p for p in path.parent.glob(f"*-{layout.model_id.hex()[:16]}-*.experts") if p != path]
+    """Say which files hold a model of this name: nobody else would remove what is out of date."""
+    name = path.name.partition(f"-{layout.model_id.hex()[:16]}-")[0]
+    others = [p for p in path.parent.glob(f"{glob.escape(name)}-*.experts") if p != path]
     if others:
         logger.warning(
-            "%s: the same model's experts, packed for other kernels or an older version, take %d "
-            "bytes; remove what you no longer use: %s",
+            "%s: packed experts of a model of this name, but of other weights, files changed "
+            "since, other kernels or an older version, take %d bytes; remove what you no longer "
+            "use: %s",
             path, sum(other.stat().st_size for other in others), ", ".join(map(str, others)),
         )  # fmt: skip
 

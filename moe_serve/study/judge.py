@@ -54,7 +54,7 @@ def read_topology(path: Path | None) -> Topology:
     if not isinstance(given, dict) or not set(given) <= known:
         raise ConfigError(f"{path}: a topology is an object of {', '.join(sorted(known))}")
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
             raise ConfigError(f"{path}: {name} is {value!r}; give a number above 0")
     return Topology(**given)
 
@@ -124,6 +124,7 @@ def judge_placement(
     count = float(num_tokens * num_layers)
     hops = max(1, num_tokens * (num_layers - 1))
     changes = first[:, 1:] != first[:, :-1]
+    cross = float(changes.sum()) / hops
     node_changes = nodes[first[:, 1:]] != nodes[first[:, :-1]]
     row = hidden_size * bytes_per_value
     pairs_away = top_k - float(local) / count
@@ -145,20 +146,20 @@ def judge_placement(
         local_share=float(local) / (count * top_k),
         remote_ranks=u,
         remote_nodes=float(remote_nodes) / count,
-        hop_cross=float(changes.sum()) / hops,
+        hop_cross=cross,
         hop_cross_node=float(node_changes.sum()) / hops,
         imbalance=float((totals.max(axis=1) / totals.mean(axis=1) - 1).mean()),
         imbalance_of_batches=float(((highest - means) / means).mean()),
         balancedness=float(totals.mean(axis=1).sum() / totals.max(axis=1).sum()),
         utilisation=float(((totals.mean(1) + 1e-5) / (totals.max(1) + 1e-5)).mean()),
         bytes_two_exchange=of_bytes,
-        bytes_coherent=float(changes.sum()) / hops * row,
+        bytes_coherent=cross * row,
         us_two_exchange=(
             2 * topology.latency_us + slowest_us + 2 * _BATCH * _wire_us(wire, row, nodes, topology)
         ),
         us_coherent=(
             topology.latency_us + slowest_us
-            + _BATCH * row * float(changes.mean()) / mesh.num_ranks / topology.rank_gb_per_s / 1e3
+            + _BATCH * row * cross / mesh.num_ranks / topology.rank_gb_per_s / 1e3
         ),
         traffic=traffic / count,
     )  # fmt: skip

@@ -70,6 +70,8 @@ def place(
             f"{other.top_k}, and {trace.name} {trace.num_layers} of {trace.num_experts}, top-"
             f"{trace.top_k}: they are of two models"
         )
+    if other is not None:
+        _check_tokens(other)
     given = options.given
     if given is not None and (given.mesh, given.num_layers, given.num_experts) != (
         options.mesh, trace.num_layers, trace.num_experts,
@@ -122,7 +124,18 @@ def split(trace: Trace) -> tuple[Trace, Trace]:
             "and another judged; record more sequences"
         )
     cut = min(trace.num_seqs - 1, max(1, round(_TRAINING_SHARE * trace.num_seqs)))
-    return trace.sequences(0, cut), trace.sequences(cut, trace.num_seqs)
+    parts = trace.sequences(0, cut), trace.sequences(cut, trace.num_seqs)
+    for part in parts:
+        _check_tokens(part)
+    return parts
+
+
+def _check_tokens(part: Trace) -> None:
+    if not part.num_tokens or not part.num_layers:
+        raise ConfigError(
+            f"{part.name} has {part.num_tokens} tokens of {part.num_layers} layers: there is "
+            "nothing to learn from, or to judge on"
+        )
 
 
 def pareto(trace: Trace, options: PlaceOptions) -> list[dict[str, float]]:
@@ -176,12 +189,19 @@ def notes(placed: Sequence[str]) -> list[str]:
     found = []
     if "affinity" in placed:
         found.append(
-            "affinity has no effect where tokens return home after every layer (two_exchange, "
-            "which is what runs): there look at joint; it is for coherent, which is simulated"
+            "affinity gains nothing by its hops where tokens return home after every layer "
+            "(two_exchange, which is what runs): look at joint there; it is for coherent, which is "
+            "simulated"
         )
     found.append(
-        "not measured here: times over real links between several GPUs; they are modelled from "
-        "--topology"
+        "local: choices on the token's own rank; imbalance: (max - mean) / mean of the ranks' "
+        "loads; of batches: of 1,024 tokens at a time; balancedness: vLLM's, utilisation: "
+        "SGLang's; kB/token dedup: sent once to a rank, a row for each expert back; two_exchange: "
+        "tokens return home after every layer; coherent: they go on from where they are"
+    )
+    found.append(
+        "times (us, 1,024 tokens) are modelled, not measured: from --topology, or rank_gb_per_s "
+        "400, node_gb_per_s 40, latency_us 20, expert_us 0.5"
     )
     return found
 

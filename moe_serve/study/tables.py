@@ -23,7 +23,8 @@ def tables(result: Mapping[str, Any]) -> str:
 
 def _misses(rows: Iterable[Row]) -> str:
     return table(
-        "misses: blocks moved / (tokens x top_k x layers); r: an event's union over the slots",
+        "misses: blocks moved / (tokens x top_k x layers); r: an event's union over the slots; "
+        "row belady: forced",
         (
             "policy", "scope", "slots", "batch", "split", "miss", "belady", "forced", "gap closed",
             "r", "r > 1", "MB/token",

@@ -95,13 +95,13 @@ def test_tables_are_the_cache_s_own(build: Any) -> None:
 def test_a_profile_fills_the_slots_hottest_first(build: Any, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "profile"
     uses = np.array([[0.0, 9.0, 3.0, 5.0], [2.0, 0.0, 0.0, 0.0]])
-    write_profile(path, UsageProfile(model_hash(folder)[:16], uses))
+    write_profile(path, UsageProfile(model_hash(folder, counts_time=False)[:16], uses))
     experts = offloaded(build(expert_cache_slots=2, usage_profile=str(path)))
     while experts.cache.num_loading:
         experts._collect(experts.queue.ended(wait=True))
     assert [experts.cache.residents(layer) for layer in range(NUM_LAYERS)] == [[1, 3], [0]]
     experts.close()
-    after = read_profile(path, model_hash(folder)[:16], NUM_LAYERS, NUM_EXPERTS)
+    after = read_profile(path, model_hash(folder, counts_time=False)[:16], NUM_LAYERS, NUM_EXPERTS)
     np.testing.assert_array_equal(after.uses, uses / 2)
     assert after.policy == "adaptive"
 
@@ -111,7 +111,9 @@ def test_a_policy_starts_from_its_own_state_only(build: Any, folder: Path, tmp_p
     engine = build(expert_cache_slots=2, usage_profile=str(path), eviction="static")
     run(engine)
     engine.close()
-    state = read_profile(path, model_hash(folder)[:16], NUM_LAYERS, NUM_EXPERTS).policy_state
+    state = read_profile(
+        path, model_hash(folder, counts_time=False)[:16], NUM_LAYERS, NUM_EXPERTS
+    ).policy_state
     assert state
     warm = offloaded(build(expert_cache_slots=2, usage_profile=str(path), eviction="static"))
     cold = offloaded(build(expert_cache_slots=2, eviction="static"))

@@ -366,3 +366,24 @@ def test_without_a_library_the_queue_serves(
     assert transfer.is_whole
     assert bool(records[3].eq(1 * EXPERTS + 5 + 1).all())
     queue.close()
+
+
+def test_what_is_asked_for_after_the_end_is_refused(make: Make, host: torch.Tensor) -> None:
+    transfers = linked(make, host, chunks_per_s=1e6)
+    transfers.close()
+    with pytest.raises(StoreError, match="after the end"):
+        transfers.demand(0, [(0, 0)])
+    assert transfers.ended(wait=True) == []
+
+
+def test_all_that_ended_is_given_however_much(host: torch.Tensor) -> None:
+    page = 4096
+    records = allocate(600 * page).view(600, page)
+    many = allocate(600 * page).view(600, page)
+    transfers = NativeTransfers(load(), EmulatedLink(many, 600, 1e12), records, 600, 1)
+    for expert in range(600):
+        transfers.guess(0, expert, expert)
+    while transfers.is_busy:
+        time.sleep(1e-3)
+    assert len(transfers.ended()) == 600
+    transfers.close()

@@ -96,3 +96,22 @@ def test_what_is_no_json_of_it_is_refused(tmp_path: Path, text: str) -> None:
         read_placement(tmp_path / "p.json")
     with pytest.raises(ConfigError, match="not a placement"):
         read_placement(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"schema": 1, "num_ranks": 1e999}', "num_ranks is inf, not a whole number"),
+        ('{"schema": 1, "num_ranks": 1.7}', "num_ranks is 1.7, not a whole number"),
+        ("[" * 100_000, "not a placement"),
+    ],
+)
+def test_numbers_that_are_none_and_depth_without_end(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_placement(tmp_path / "p.json")
+
+
+def test_a_map_with_more_experts_than_slots_is_refused() -> None:
+    with pytest.raises(ConfigError, match="4 slots cannot hold 1000000000001 experts"):
+        from_physical(np.array([[0, 1, 2, 10**12]]), MESH)

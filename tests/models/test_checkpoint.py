@@ -236,6 +236,8 @@ def test_hash_is_of_config_headers_times_and_samples(tmp_path: Path) -> None:
     assert first == model_hash(tmp_path / "two")
     os.utime(weights, ns=(times[0], times[1] + 1))
     assert first != model_hash(tmp_path / "two")
+    untimed = [model_hash(tmp_path / name, counts_time=False) for name in ("one", "two")]
+    assert untimed[0] == untimed[1] != first
     os.utime(weights, ns=times)
     config = tmp_path / "two" / "config.json"
     fields = json.loads(config.read_text())

@@ -133,3 +133,14 @@ def test_a_topology_is_read_or_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=says):
             read_topology(path)
+
+
+def test_one_layer_and_parts_without_tokens(tmp_path: Path) -> None:
+    trace = trace_of([[[0, 1]], [[1, 2]], [[3, 0]]], [1, 1, 1])
+    judged = judge_placement(one_each(1), trace)
+    assert judged.hop_cross == judged.bytes_coherent == 0
+    assert judged.us_coherent > 0
+    json.loads(json.dumps(judged.as_json(), allow_nan=False))
+    empty = trace_of([[[0, 1]], [[1, 2]]], [1, 1, 0])
+    with pytest.raises(ConfigError, match="has 0 tokens"):
+        split(empty)

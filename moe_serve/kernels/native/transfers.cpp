@@ -128,6 +128,7 @@ class Transfers {
             }
             num_under_way_ += count;
             if (!is_urgent) num_guesses_ += count;
+            if (is_closing_) give_up_all();  // nobody would bring them
         }
         wake(num_pieces);
     }
@@ -140,7 +141,9 @@ class Transfers {
         Transfer& transfer = transfers_[slot];
         if (transfer.state == kEnded) {
             if (transfer.has_failed || is_whole(transfer)) return;
+            if (is_closing_) return;
             transfer.state = kUnderWay;
+            transfer.asked_s = now_s();
             ended_.erase(std::find(ended_.begin(), ended_.end(), slot));
             num_under_way_++;
         } else if (!transfer.is_urgent) {
@@ -214,9 +217,13 @@ class Transfers {
                 const int64_t expert = arrivals.expert_ids[index];
                 const int32_t slot =
                     slot_of_expert_[arrivals.layer * source_.num_experts + expert];
-                if (slot < 0 || transfers_[slot].has_failed) {
+                if (slot < 0) {
                     has_failed = true;
-                } else if (transfers_[slot].state == kEnded && is_whole(transfers_[slot])) {
+                } else if (transfers_[slot].state != kEnded) {
+                    continue;  // also one that has failed while other pieces of it are read
+                } else if (!is_whole(transfers_[slot])) {
+                    has_failed = true;
+                } else {
                     if (!num_ready) memset(ready, 0, experts.num_experts);
                     ready[expert] = 1;
                     arrivals.was_run[index] = 1;
@@ -239,12 +246,7 @@ class Transfers {
             std::lock_guard<std::mutex> lock(mutex_);
             if (is_closing_) return;
             is_closing_ = true;
-            for (auto* queue : {&urgent_, &guesses_}) {
-                const std::vector<int32_t> left(*queue);
-                queue->clear();
-                for (int32_t slot : left)
-                    if (!transfers_[slot].num_running) end(transfers_[slot], slot);
-            }
+            give_up_all();
             work_.notify_all();
         }
         for (pthread_t thread : threads_) pthread_join(thread, nullptr);
@@ -262,6 +264,15 @@ class Transfers {
     static void forget(std::vector<int32_t>& queue, int32_t slot) {
         const auto place = std::find(queue.begin(), queue.end(), slot);
         if (place != queue.end()) queue.erase(place);
+    }
+
+    // End what waits; what runs ends by itself. The mutex is held.
+    void give_up_all() {
+        for (auto* queue : {&urgent_, &guesses_}) {
+            for (int32_t slot : *queue)
+                if (!transfers_[slot].num_running) end(transfers_[slot], slot);
+            queue->clear();
+        }
     }
 
     void wake(int64_t num_pieces) {

@@ -265,3 +265,25 @@ def test_a_placement_that_breaks_the_rules_is_refused(ranks: Any, says: str) -> 
 def test_a_mesh_that_is_none_is_refused(num_ranks: int, per_node: int) -> None:
     with pytest.raises(ConfigError):
         Mesh(num_ranks=num_ranks, ranks_per_node=per_node)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_ranks", "per_node"), [(3, 8, 4), (1, 4, 2), (2, 2, 1)]
+)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_fewer_experts_than_ranks(
+    name: str, num_experts: int, num_ranks: int, per_node: int
+) -> None:
+    ids = np.zeros((20, 2, 1), np.int64) if num_experts == 1 else routing(
+        0, 20, 2, num_experts, 1
+    )  # fmt: skip
+    stats = routing_stats.count(ids, num_experts)
+    mesh = Mesh(num_ranks=num_ranks, ranks_per_node=per_node)
+    placement = load(FOLDER, name).place(stats, mesh, None, PlacementOptions())
+    assert placement.holds().sum() == 2 * num_experts
+
+
+@pytest.mark.parametrize("name", ["groups", "bias", "balance", "restarts"])
+def test_options_below_zero_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is -1; give 0 or more"):
+        PlacementOptions(**{name: -1})
