@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_serve.experts.placement.base import Placement
-
 
 class Layout:
     """A placement as seen from one rank.
@@ -18,22 +16,35 @@ class Layout:
     row in the batch decides. So every rank chooses for its own tokens, and tells nobody.
     """
 
-    def __init__(self, placement: Placement, layers: Sequence[int], rank: int) -> None:
-        """layers: the model's numbers of the layers that the placement is of, in order."""
-        self.placement = placement
-        self._index = {layer: index for index, layer in enumerate(layers)}
+    def __init__(
+        self,
+        holders: Sequence[Sequence[Sequence[int]]],
+        num_ranks: int,
+        ranks_per_node: int,
+        layers: Sequence[int],
+        rank: int,
+    ) -> None:
+        """holders: the ranks of each expert of each layer, rising, as a `Placement` has them.
+
+        layers: the model's numbers of these layers, in order.
+        """
         self.rank = rank
-        holds = torch.from_numpy(placement.holds())  # [num_layers, num_experts, num_ranks]
+        self.num_experts = len(holders[0])
+        self._index = {layer: index for index, layer in enumerate(layers)}
+        holds = torch.zeros(len(holders), self.num_experts, num_ranks, dtype=torch.bool)
+        for index, layer in enumerate(holders):
+            for expert, ranks in enumerate(layer):
+                holds[index, expert, list(ranks)] = True
         slots = holds.cumsum(1) - 1
         self._slots = torch.where(holds, slots, -1)
         self._num_local = holds.sum(1).tolist()  # [num_layers][num_ranks]
-        node = rank // placement.mesh.ranks_per_node
+        node = rank // ranks_per_node
         self._candidates: list[Tensor] = []
         self._counts: list[Tensor] = []
-        for layer in placement.ranks:
+        for layer in holders:
             chosen = []
             for ranks in layer:
-                near = [other for other in ranks if other // placement.mesh.ranks_per_node == node]
+                near = [other for other in ranks if other // ranks_per_node == node]
                 chosen.append([rank] if rank in ranks else near or list(ranks))
             most = max(map(len, chosen))
             self._candidates.append(

@@ -41,7 +41,7 @@ class Auto:
         All ranks must call it at once. layer: by the model's number; hidden: [1, hidden_size], of
         the model's dtype.
         """
-        num_experts = self._layout.placement.num_experts
+        num_experts = self._layout.num_experts
         source = torch.Generator().manual_seed(self._world.rank)
         found = []
         for dispatcher in self.candidates.values():

@@ -75,7 +75,7 @@ def main() -> None:
     stats = count(routing.expert_ids[:, None].numpy(), shape.num_experts)
     mesh = Mesh(num_ranks=size, ranks_per_node=size)
     placement = contiguous.place(stats, mesh, None, PlacementOptions())
-    layout = Layout(placement, (LAYER,), rank)
+    layout = Layout(placement.ranks, size, size, (LAYER,), rank)
     table = table_of(placement.experts_of(rank, LAYER), shape, kernels)
     tokens = [num_tokens] * size
     reference = layer(

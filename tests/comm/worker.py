@@ -100,7 +100,8 @@ def main() -> None:
     for case in range(int(os.environ.get("CASES", "40"))):
         num_experts = chance.choice((4, 7, 16))
         placement = placement_of(chance, num_experts, size)
-        layout = Layout(placement, LAYERS, rank)
+        mesh = placement.mesh
+        layout = Layout(placement.ranks, size, mesh.ranks_per_node, LAYERS, rank)
         top_k = chance.randint(1, 4)
         tokens = [chance.choice((0, 0, 1, 3, 17, 70)) for _ in range(size)]
         dtype = chance.choice((torch.float32, torch.bfloat16))
