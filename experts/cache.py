@@ -175,6 +175,7 @@ class ExpertCache:
         it runs, and the experts that stay come last.
         """
         last, ready = event.hits, event.arriving
+        done: set[int] = set()
         while last or ready or event.misses:
             limit = len(event.misses)
             if event.is_streamed:
@@ -184,10 +185,28 @@ class ExpertCache:
             if not event.misses:
                 yield Wave(loads, last + ready)
                 return
+            if not (loads or last or ready) and self._give_way(event, done):
+                continue
             yield Wave(loads, last)
+            done.update(last)
             if event.is_streamed:
                 event.pinned.difference_update(set(last) - event.keep)
             last, ready = ready, []
+
+    def _give_way(self, event: Event, done: set[int]) -> bool:
+        """Let one of the members that were to stay leave: others have taken the room meanwhile.
+
+        Returns whether there is one that has run.
+        """
+        layer = event.layer
+        candidates = [one for one in self._residents[layer] if one in done and one in event.pinned]
+        if not candidates:
+            return False
+        leaving = set(self.policy.victims(layer, candidates, 1))
+        event.pinned = event.pinned - leaving
+        event.keep = event.keep - leaving
+        event.is_streamed = True
+        return True
 
     def _admit(self, event: Event, limit: int) -> list[tuple[int, int]]:
         slots = self._make_room(event.layer, limit, event.pinned)
