@@ -1,7 +1,6 @@
 """The ranks that exchange rows: one collective, counted. Over gloo between processes, NCCL on GPUs.
 
-All-to-all is all that dispatchers use: on gloo it is the cheapest collective by far, and the others
-can be built of it (measured: docs/log.md).
+All-to-all is all that dispatchers use, so that there is one thing to count and to time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every token's row to every rank, a row for each expert back. Exact; two collectives.
 
-How many come from each rank the step has said beforehand. Made of all-to-all, which on gloo takes a
-third of an all-gather's time. It pays where a token's experts are on most ranks anyway.
+How many come from each rank the step has said beforehand. Made of all-to-all. It pays where a
+token's experts are on most ranks anyway.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Two collectives. Rank-major: [ranks, capacity] rows out, unused ones marked by their slots, and
 [ranks, capacity, width] results back, where width is the most experts of a layer that a token can
 have on one rank. The capacity is the step's most tokens, rounded up to a power of two, and at most
-MOST_ROWS: what does not fit goes in another round, nothing is dropped. Fit for CUDA graphs. Exact.
+MOST_ROWS: what does not fit goes in another round, nothing is dropped. Exact. Only the exchanges
+have fixed shapes: what is between them depends on the routing, and no CUDA graph can hold it yet.
 """
 
 from __future__ import annotations

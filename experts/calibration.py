@@ -24,8 +24,9 @@ _REFRESH = 2000  # guesses recorded between two looks at the counts
 class Calibration:
     """Fading counts of guesses and of true ones, per distance and bin of probability.
 
-    Record every candidate, issued or not: what was not issued would never be learned again. A bin
-    remembers its last thousand guesses, so that it follows a change of what is asked.
+    Record all candidates of an event, issued or not: what was not issued would never be learned
+    again. Not every event need be recorded. A bin remembers its last thousand guesses, so that it
+    follows a change of what is asked.
     """
 
     def __init__(self, furthest: int) -> None:
