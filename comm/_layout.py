@@ -1,4 +1,4 @@
-"""Where each expert is, as dispatchers look it up: ranks and local slots, by layer."""
+"""Where each expert is, as dispatchers look it up."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class Layout:
-    """A placement as seen from one rank.
+    """A placement as seen from one rank; `place` changes it, between steps.
 
-    A local slot is an expert's number among those that its rank holds of a layer, in rising order.
     Of replicas a token takes its own rank's, else one of its own node's, else any; of equals the
     row in the batch decides. So every rank chooses for its own tokens, and tells nobody.
+    epoch: how often a layer was placed anew.
     """
 
     def __init__(
@@ -24,49 +24,70 @@ class Layout:
         layers: Sequence[int],
         rank: int,
     ) -> None:
-        """holders: the ranks of each expert of each layer, rising, as a `Placement` has them.
+        """holders: each layer's ranks of each expert, rising, as a `Placement` has them.
 
         layers: the model's numbers of these layers, in order.
         """
         self.rank = rank
+        self.num_ranks = num_ranks
+        self._ranks_per_node = ranks_per_node
+        self.layers = tuple(layers)
         self.num_experts = len(holders[0])
         self._index = {layer: index for index, layer in enumerate(layers)}
-        holds = torch.zeros(len(holders), self.num_experts, num_ranks, dtype=torch.bool)
-        for index, layer in enumerate(holders):
-            for expert, ranks in enumerate(layer):
-                holds[index, expert, list(ranks)] = True
-        slots = holds.cumsum(1) - 1
-        self._slots = torch.where(holds, slots, -1)
-        self._num_local = holds.sum(1).tolist()  # [num_layers][num_ranks]
-        node = rank // ranks_per_node
-        self._candidates: list[Tensor] = []
-        self._counts: list[Tensor] = []
-        for layer in holders:
-            chosen = []
-            for ranks in layer:
-                near = [other for other in ranks if other // ranks_per_node == node]
-                chosen.append([rank] if rank in ranks else near or list(ranks))
-            most = max(map(len, chosen))
-            self._candidates.append(
-                torch.tensor([ranks + ranks[:1] * (most - len(ranks)) for ranks in chosen])
-            )
-            self._counts.append(torch.tensor([len(ranks) for ranks in chosen]))
+        self.epoch = 0
+        size = len(holders)
+        self._held_keys: list[Tensor] = [torch.empty(0)] * size
+        self._num_held: list[list[int]] = [[]] * size
+        self._held: list[Tensor] = [torch.empty(0)] * size
+        self._candidates: list[Tensor] = [torch.empty(0)] * size
+        self._counts: list[Tensor] = [torch.empty(0)] * size
+        for layer, ranks_of_expert in zip(layers, holders, strict=True):
+            self._place(layer, ranks_of_expert)
 
-    def num_local(self, layer: int) -> list[int]:
-        """Return how many experts of a layer each rank holds."""
-        counts: list[int] = self._num_local[self._index[layer]]
-        return counts
+    def place(self, layer: int, holders: Sequence[Sequence[int]]) -> None:
+        """Place a layer anew: a new epoch. holders: the ranks of each expert, rising.
 
-    def choose(self, layer: int, expert_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (rank, local slot) of each choice, int64 [num_tokens, top_k] both.
-
-        layer: by the model's number.
+        All ranks must do so at once, between steps.
         """
+        self._place(layer, holders)
+        self.epoch += 1
+
+    def _place(self, layer: int, holders: Sequence[Sequence[int]]) -> None:
+        index = self._index[layer]
+        holds = torch.zeros(self.num_experts, self.num_ranks, dtype=torch.bool)
+        for expert, ranks in enumerate(holders):
+            holds[expert, list(ranks)] = True
+        self._held_keys[index] = holds.T.flatten().nonzero()[:, 0]
+        self._num_held[index] = holds.sum(0).tolist()
+        self._held[index] = holds[:, self.rank].nonzero()[:, 0]
+        node = self.rank // self._ranks_per_node
+        chosen = []
+        for ranks in holders:
+            near = [other for other in ranks if other // self._ranks_per_node == node]
+            chosen.append([self.rank] if self.rank in ranks else near or list(ranks))
+        most = max(map(len, chosen))
+        self._candidates[index] = torch.tensor(
+            [ranks + ranks[:1] * (most - len(ranks)) for ranks in chosen]
+        )
+        self._counts[index] = torch.tensor([len(ranks) for ranks in chosen])
+
+    def num_held(self, layer: int) -> list[int]:
+        """Return how many experts of a layer each rank holds."""
+        return self._num_held[self._index[layer]]
+
+    def held(self, layer: int) -> Tensor:
+        """Return which experts of a layer this rank holds, int64, rising."""
+        return self._held[self._index[layer]]
+
+    def held_keys(self, layer: int) -> Tensor:
+        """Return rank * num_experts + expert of all that any rank holds, int64, rising."""
+        return self._held_keys[self._index[layer]]
+
+    def choose(self, layer: int, expert_ids: Tensor) -> Tensor:
+        """Return the rank for each choice, int64 [num_tokens, top_k] like `expert_ids`."""
         layer = self._index[layer]
         candidates = self._candidates[layer]
         if candidates.shape[1] == 1:
-            ranks = candidates[:, 0][expert_ids]
-        else:
-            turn = torch.arange(expert_ids.shape[0])[:, None] % self._counts[layer][expert_ids]
-            ranks = candidates[expert_ids, turn]
-        return ranks, self._slots[layer][expert_ids, ranks]
+            return candidates[:, 0][expert_ids]
+        turn = torch.arange(expert_ids.shape[0])[:, None] % self._counts[layer][expert_ids]
+        return candidates[expert_ids, turn]

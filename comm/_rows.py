@@ -1,4 +1,4 @@
-"""What dispatchers share that send a token's row once to a rank, with the slots it is for."""
+"""What dispatchers share that send a token's row once to a rank, with the experts it is for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_serve.comm._world import World
+from moe_serve.comm._between import Between
 from moe_serve.comm.base import Inbox, Receipt
+from moe_serve.types import Routing
 
-_SLOT = torch.int16  # what names a local slot on the way; -1: not for this rank
+_NAME = torch.int16  # what names an expert on the way; -1: one of another rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,37 +27,53 @@ class RowsReceipt(Receipt):
     pairs_out: Sequence[int]
 
 
-def pack(hidden: Tensor, token_of_row: Tensor, slots: Tensor) -> Tensor:
-    """Return uint8 [num_rows, bytes]: a token each, and its slots there, int16 [top_k]."""
+class RowsOnce(Between):
+    """Gets rows with the experts they are for; sends back a row for each of those."""
+
+    def _received(
+        self, packed: Tensor, in_rows: Sequence[int], hidden: Tensor, routing: Routing, to: Tensor
+    ) -> tuple[Inbox, RowsReceipt]:
+        """Return inbox and receipt. to: the rank of each of this rank's own choices."""
+        rows, experts = unpack(packed, hidden, to.shape[1])
+        inbox, order = inbox_of(rows, experts, self._layout.num_experts)
+        ends = torch.tensor(in_rows).cumsum(0)
+        pairs_before = (experts >= 0).sum(1).cumsum(0)
+        before = torch.cat([pairs_before.new_zeros(1), pairs_before])[ends].tolist()
+        pairs_out = [end - begin for begin, end in zip([0, *before[:-1]], before, strict=True)]
+        pairs_in = to.flatten().bincount(minlength=self._world.size).tolist()
+        return inbox, RowsReceipt(_places(to), routing.weights, order, pairs_in, pairs_out)
+
+    def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:
+        assert isinstance(receipt, RowsReceipt)
+        back = torch.empty_like(outbox)
+        back[receipt.order] = outbox
+        return self._world.exchange(back, receipt.pairs_out, receipt.pairs_in)
+
+
+def pack(hidden: Tensor, token_of_row: Tensor, experts: Tensor) -> Tensor:
+    """Return uint8 [num_rows, bytes]: a token each, and its experts there, int16 [top_k]."""
     rows = hidden[token_of_row].contiguous().view(torch.uint8)
-    names = torch.empty(slots.shape, dtype=_SLOT).copy_(slots)  # packed, also when there is none
+    names = torch.empty(experts.shape, dtype=_NAME).copy_(experts)  # packed, also of no row
     return torch.cat([rows, names.view(torch.uint8)], 1)
 
 
 def unpack(packed: Tensor, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return rows like `hidden`, and slots int64 [num_rows, top_k]."""
+    """Return rows like `hidden`, and experts int64 [num_rows, top_k], -1 for those elsewhere."""
     size = hidden.shape[1] * hidden.element_size()
     rows = packed[:, :size].reshape(-1).view(hidden.dtype)
-    slots = packed[:, size:].reshape(-1).view(_SLOT)
-    return rows.view(-1, hidden.shape[1]), slots.view(-1, top_k).long()
+    experts = packed[:, size:].reshape(-1).view(_NAME)
+    return rows.view(-1, hidden.shape[1]), experts.view(-1, top_k).long()
 
 
-def receive(
-    rows: Tensor, slots: Tensor, in_rows: Sequence[int], num_local: int
-) -> tuple[Inbox, Tensor, list[int]]:
-    """Return the inbox, `order`, and pairs from each rank. slots: [num_rows, top_k]."""
-    row, choice = (slots >= 0).nonzero(as_tuple=True)
-    expert = slots[row, choice]
+def inbox_of(rows: Tensor, experts: Tensor, num_experts: int) -> tuple[Inbox, Tensor]:
+    """Return the inbox, and where each of its pairs is in the order of rows and choices."""
+    row, choice = (experts >= 0).nonzero(as_tuple=True)
+    expert = experts[row, choice]
     order = expert.argsort(stable=True)
-    counts = expert.bincount(minlength=num_local)
-    ends = torch.tensor(in_rows).cumsum(0)
-    pairs_before = (slots >= 0).sum(1).cumsum(0)
-    before = torch.cat([pairs_before.new_zeros(1), pairs_before])[ends].tolist()
-    from_each = [end - begin for begin, end in zip([0, *before[:-1]], before, strict=True)]
-    return Inbox(rows, row[order], counts), order, from_each
+    return Inbox(rows, row[order], expert.bincount(minlength=num_experts)), order
 
 
-def pair_of_choice(ranks: Tensor) -> Tensor:
+def _places(ranks: Tensor) -> Tensor:
     """Return where each choice's result is once all came back, int64 [num_tokens, top_k].
 
     Results come rank by rank, and of one rank in the order of tokens and choices.
@@ -65,10 +82,3 @@ def pair_of_choice(ranks: Tensor) -> Tensor:
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     return places.view_as(ranks)
-
-
-def send_back(world: World, outbox: Tensor, receipt: RowsReceipt) -> Tensor:
-    """Return the results of this rank's own pairs, rank by rank, [num_pairs, hidden_size]."""
-    back = torch.empty_like(outbox)
-    back[receipt.order] = outbox
-    return world.exchange(back, receipt.pairs_out, receipt.pairs_in)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.comm import all_gather, dedup, per_expert, static
+from moe_serve.comm._between import Meanwhile
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Dispatcher, Inbox, Receipt
@@ -69,8 +70,10 @@ class Auto:
             )
         self.candidates[self.chosen].begin_step(num_tokens)
 
-    def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> tuple[Inbox, Receipt]:
-        return self.candidates[self.chosen].dispatch(layer, hidden, routing)
+    def dispatch(
+        self, layer: int, hidden: Tensor, routing: Routing, meanwhile: Meanwhile = None
+    ) -> tuple[Inbox, Receipt]:
+        return self.candidates[self.chosen].dispatch(layer, hidden, routing, meanwhile)
 
     def combine(
         self,

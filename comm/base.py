@@ -5,7 +5,7 @@ A dispatcher knows bytes and ranks, not models: `comm/local.py` is the reference
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,8 +19,8 @@ class Inbox:
     """What this rank must compute.
 
     rows: [num_received, hidden_size]. row_of_pair: int64 [num_pairs], the row of each (token,
-    expert) pair, pairs sorted by local expert; counts: int64 [num_local_experts], pairs of each
-    local expert. returns: "rows",
+    expert) pair, pairs sorted by expert; counts: int64 [num_experts], pairs of each expert, 0 for
+    those of other ranks. returns: "rows",
     one result per pair, or "sums", one per row, already weighted by `weights` (float32 [num_pairs],
     else None).
     """
@@ -50,8 +50,17 @@ class Dispatcher(Protocol):
         """Say how many tokens every rank has in the step that begins, [num_ranks]."""
         ...
 
-    def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> tuple[Inbox, Receipt]:
-        """Send each token, a row of `hidden` [num_tokens, hidden_size], to its experts."""
+    def dispatch(
+        self,
+        layer: int,
+        hidden: Tensor,
+        routing: Routing,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> tuple[Inbox, Receipt]:
+        """Send each token, a row of `hidden` [num_tokens, hidden_size], to its experts.
+
+        layer: by the model's number. meanwhile: called once, while rows are on their way.
+        """
         ...
 
     def combine(

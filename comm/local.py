@@ -26,7 +26,15 @@ class LocalDispatcher:
     def begin_step(self, num_tokens: Sequence[int]) -> None:
         """One rank needs no agreement."""
 
-    def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> tuple[Inbox, Receipt]:
+    def dispatch(
+        self,
+        layer: int,
+        hidden: Tensor,
+        routing: Routing,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> tuple[Inbox, Receipt]:
+        if meanwhile is not None:
+            meanwhile()
         counts, row_of_pair, pair_of_choice = self._sort_pairs(routing.expert_ids, self.num_experts)
         return Inbox(hidden, row_of_pair, counts), Receipt(pair_of_choice, routing.weights)
 

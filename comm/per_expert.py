@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_serve.comm._between import Between, Meanwhile
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Inbox, Receipt
@@ -23,52 +24,37 @@ class PairsReceipt(Receipt):
     in_rows: Sequence[int]
 
 
-class PerExpert:
+class PerExpert(Between):
     """See `comm.base.Dispatcher`."""
 
-    def __init__(self, world: World, layout: Layout, combine: Callable[..., Tensor]) -> None:
-        self._world = world
-        self._layout = layout
-        self._combine = combine
-
-    def begin_step(self, num_tokens: Sequence[int]) -> None:
-        """Nothing is needed beforehand: counts are exchanged in each layer."""
-
-    def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> tuple[Inbox, Receipt]:
-        world, num_local = self._world, self._layout.num_local(layer)
-        ranks, slots = self._layout.choose(layer, routing.expert_ids)
-        first = torch.tensor([0, *num_local]).cumsum(0)
-        key = (first[ranks] + slots).flatten()
+    def dispatch(
+        self, layer: int, hidden: Tensor, routing: Routing, meanwhile: Meanwhile = None
+    ) -> tuple[Inbox, Receipt]:
+        world, layout = self._world, self._layout
+        num_held, num_experts = layout.num_held(layer), layout.num_experts
+        ids = routing.expert_ids
+        key = (layout.choose(layer, ids) * num_experts + ids).flatten()
         order = key.argsort(stable=True)
-        counts = key.bincount(minlength=int(first[-1]))
-        own = num_local[world.rank]
-        came = world.exchange(counts[:, None], num_local, [own] * world.size)
+        counts = key.bincount(minlength=world.size * num_experts)[layout.held_keys(layer)]
+        own = num_held[world.rank]
+        came = world.exchange(counts[:, None], num_held, [own] * world.size)
         came = came.view(world.size, own)
         in_rows = came.sum(1).tolist()
-        out_rows = [int(part.sum()) for part in torch.split(counts, num_local)]
-        top_k = ranks.shape[1]
-        rows = world.exchange(hidden[order // top_k], out_rows, in_rows)
-        slot_of_row = torch.arange(own).repeat(world.size).repeat_interleave(came.flatten())
-        row_of_pair = slot_of_row.argsort(stable=True)
+        out_rows = [int(part.sum()) for part in torch.split(counts, num_held)]
+        top_k = ids.shape[1]
+        rows = world.exchange(hidden[order // top_k], out_rows, in_rows, meanwhile)
+        expert_of_row = layout.held(layer).repeat(world.size).repeat_interleave(came.flatten())
+        row_of_pair = expert_of_row.argsort(stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order))
-        receipt = PairsReceipt(
-            places.view_as(ranks), routing.weights, row_of_pair, out_rows, in_rows
-        )
-        return Inbox(rows, row_of_pair, came.sum(0)), receipt
+        receipt = PairsReceipt(places.view_as(ids), routing.weights, row_of_pair, out_rows, in_rows)
+        return Inbox(rows, row_of_pair, expert_of_row.bincount(minlength=num_experts)), receipt
 
-    def combine(
-        self,
-        outbox: Tensor,
-        receipt: Receipt,
-        shared: Tensor | None = None,
-        shared_weights: Tensor | None = None,
-    ) -> Tensor:
+    def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:
         assert isinstance(receipt, PairsReceipt)
         back = torch.empty_like(outbox)
         back[receipt.row_of_pair] = outbox
-        home = self._world.exchange(back, receipt.in_rows, receipt.out_rows)
-        return self._combine(home, receipt.pair_of_choice, receipt.weights, shared, shared_weights)
+        return self._world.exchange(back, receipt.in_rows, receipt.out_rows)
 
 
 def build(world: World, layout: Layout, combine: Callable[..., Tensor]) -> PerExpert:

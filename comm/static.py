@@ -1,6 +1,6 @@
-"""Slots of fixed size for each pair of ranks: no counts, the same shapes each time.
+"""Room of fixed size for each pair of ranks: no counts, the same shapes each time.
 
-Two collectives. Rank-major: [ranks, capacity] rows out, unused ones marked by their slots, and
+Two collectives. Rank-major: [ranks, capacity] rows out, unused ones naming no expert, and
 [ranks, capacity, width] results back, where width is the most experts of a layer that a token can
 have on one rank. The capacity is the step's most tokens, rounded up to a power of two, and at most
 MOST_ROWS: what does not fit goes in another round, nothing is dropped. Exact. Only the exchanges
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_serve.comm._between import Between, Meanwhile
 from moe_serve.comm._layout import Layout
-from moe_serve.comm._rows import pack, unpack
+from moe_serve.comm._rows import inbox_of, pack, unpack
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Inbox, Receipt
 from moe_serve.types import Routing
@@ -32,13 +33,11 @@ class StaticReceipt(Receipt):
     width: int
 
 
-class Static:
+class Static(Between):
     """See `comm.base.Dispatcher`."""
 
     def __init__(self, world: World, layout: Layout, combine: Callable[..., Tensor]) -> None:
-        self._world = world
-        self._layout = layout
-        self._combine = combine
+        super().__init__(world, layout, combine)
         self._capacity = self._rounds = 1
 
     def begin_step(self, num_tokens: Sequence[int]) -> None:
@@ -47,18 +46,20 @@ class Static:
         self._capacity = min(MOST_ROWS, 1 << (most - 1).bit_length())
         self._rounds = -(-most // self._capacity)
 
-    def dispatch(self, layer: int, hidden: Tensor, routing: Routing) -> tuple[Inbox, Receipt]:
-        world, num_local = self._world, self._layout.num_local(layer)
-        ranks, slots = self._layout.choose(layer, routing.expert_ids)
+    def dispatch(
+        self, layer: int, hidden: Tensor, routing: Routing, meanwhile: Meanwhile = None
+    ) -> tuple[Inbox, Receipt]:
+        world, layout = self._world, self._layout
+        ranks = layout.choose(layer, routing.expert_ids)
         num_tokens, top_k = ranks.shape
-        width = min(top_k, max(num_local))
+        width = min(top_k, max(layout.num_held(layer)))
         capacity, size = self._capacity, world.size
         room = self._rounds * capacity
         assert num_tokens <= room, "the step has said another number"
         every = torch.arange(size)[:, None, None]
         is_there = ranks == every  # [ranks, tokens, top_k]
-        of_rank = torch.full((size, room, top_k), -1)
-        of_rank[:, :num_tokens] = slots.where(is_there, -1)
+        for_rank = torch.full((size, room, top_k), -1)
+        for_rank[:, :num_tokens] = routing.expert_ids.where(is_there, -1)
         padded = hidden.new_zeros(room, hidden.shape[1])
         padded[:num_tokens] = hidden
         each = [capacity] * size
@@ -66,17 +67,16 @@ class Static:
         for number in range(self._rounds):
             part = slice(number * capacity, (number + 1) * capacity)
             token_of_row = torch.arange(part.start, part.stop).repeat(size)
-            packed = pack(padded, token_of_row, of_rank[:, part].reshape(-1, top_k))
-            some_rows, some_slots = unpack(world.exchange(packed, each, each), hidden, top_k)
+            packed = pack(padded, token_of_row, for_rank[:, part].reshape(-1, top_k))
+            came_now = world.exchange(packed, each, each, None if number else meanwhile)
+            some_rows, some_experts = unpack(came_now, hidden, top_k)
             rows.append(some_rows)
-            came.append(some_slots)
-        slots_in = torch.cat(came)  # [rounds * ranks * capacity, top_k]
-        row, choice = (slots_in >= 0).nonzero(as_tuple=True)
-        expert = slots_in[row, choice]
-        order = expert.argsort(stable=True)
-        turn = (slots_in >= 0).cumsum(1) - 1  # of a row's pairs here, the first, the second, ...
-        place = (row * width + turn[row, choice])[order]
-        inbox = Inbox(torch.cat(rows), row[order], expert.bincount(minlength=num_local[world.rank]))
+            came.append(some_experts)
+        experts = torch.cat(came)  # [rounds * ranks * capacity, top_k]
+        inbox, order = inbox_of(torch.cat(rows), experts, layout.num_experts)
+        is_here = experts >= 0
+        turn = is_here.cumsum(1) - 1  # of a row's pairs here, the first, the second, ...
+        place = inbox.row_of_pair * width + turn[is_here][order]
         # where this rank's results come back: round, rank, row, turn
         own_turn = (is_there.cumsum(2) - 1).gather(0, ranks[None])[0]
         token = torch.arange(num_tokens)[:, None]
@@ -84,22 +84,15 @@ class Static:
         back = (of_round * capacity + token % capacity) * width + own_turn
         return inbox, StaticReceipt(back, routing.weights, place, width)
 
-    def combine(
-        self,
-        outbox: Tensor,
-        receipt: Receipt,
-        shared: Tensor | None = None,
-        shared_weights: Tensor | None = None,
-    ) -> Tensor:
+    def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:
         assert isinstance(receipt, StaticReceipt)
         in_round = self._world.size * self._capacity * receipt.width
         buffer = outbox.new_zeros(self._rounds * in_round, outbox.shape[1])
         buffer[receipt.place] = outbox
         each = [self._capacity * receipt.width] * self._world.size
-        home = torch.cat(
+        return torch.cat(
             [self._world.exchange(part, each, each) for part in torch.split(buffer, in_round)]
         )
-        return self._combine(home, receipt.pair_of_choice, receipt.weights, shared, shared_weights)
 
 
 def build(world: World, layout: Layout, combine: Callable[..., Tensor]) -> Static:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_serve.comm.base import Inbox
 from moe_serve.experts.profile import ProfileKeeper
 from moe_serve.experts.recorder import RoutingRecorder, StepNotes
+from moe_serve.experts.records import ExpertArena
 from moe_serve.kernels.forward.base import Run, Stopped, Stops, Watcher
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.types import ForwardBatch, Routing
@@ -61,8 +62,11 @@ class ResidentExperts:
         top_k: int,
         recorder: RoutingRecorder | None = None,
         keeper: ProfileKeeper | None = None,
+        arenas: Mapping[int, ExpertArena] | None = None,
     ) -> None:
+        """arenas: of each layer's records, where experts of a rank may come and go."""
         self._moe = moe
+        self.arenas = arenas
         self.layers = layers
         self.top_k = top_k
         self.recorder = recorder
@@ -82,7 +86,7 @@ class ResidentExperts:
             self.replay(batch, self._notes)
         try:
             yield _Noting(self._notes, self.replay is not None)
-            if self.recorder is not None:
+            if self.recorder is not None and batch.num_seqs:
                 self.recorder.add(self._step, batch, self._notes)
         finally:
             self._step += 1

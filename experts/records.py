@@ -8,14 +8,14 @@ they lie side by side in one arena per shape, and the CPU kernels execute them w
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_serve.kernels.moe.base import HEADER_BYTES, ExpertTable, plain_weights
-from moe_serve.kernels.native.memory import allocate
+from moe_serve.kernels.native.memory import GrowingMemory, allocate
 
 MAGIC = b"MOEXPERT"
 VERSION = 1
@@ -66,7 +66,10 @@ class RecordHeader:
 
 
 class ExpertArena:
-    """Records of all experts of layers of one shape, slot by slot: a layer's are consecutive."""
+    """Records of experts of layers of one shape, in slots: at first a layer's are consecutive.
+
+    Of a rank, which keeps a part of the experts, the part may change; see `add` and `drop`.
+    """
 
     def __init__(
         self,
@@ -77,10 +80,12 @@ class ExpertArena:
         dtype: torch.dtype,
         bytes_of_kernel: int,
         slots_before: int = 0,
+        held: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """Allocate. bytes_of_kernel: `record_bytes` of the kernels, before rounding up.
 
-        slots_before: how many slots to leave free in front, for a cache of these records.
+        slots_before: how many slots to leave free in front, for a cache of these records. held: the
+        experts of each layer that are kept here, rising; None: all.
         """
         self.layers = tuple(layers)
         self.num_experts = num_experts
@@ -88,14 +93,33 @@ class ExpertArena:
         self.intermediate_size = intermediate_size
         self.dtype = dtype
         self.record_bytes = -(-bytes_of_kernel // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
-        num_slots = slots_before + len(self.layers) * num_experts
-        memory = allocate(num_slots * self.record_bytes)
-        self.slots = memory.view(num_slots, self.record_bytes)
+        self.held = {
+            layer: tuple(range(num_experts) if held is None else held[layer])
+            for layer in self.layers
+        }
+        self._slot: dict[tuple[int, int], int] = {}
+        for layer in self.layers:
+            for expert in self.held[layer]:
+                self._slot[layer, expert] = len(self._slot)
+        self._num_slots = len(self._slot)  # usable, from the first on
+        self._free: list[int] = []
+        num_slots = slots_before + self._num_slots
+        if held is None:
+            memory = allocate(num_slots * self.record_bytes)
+        else:
+            assert not slots_before, "a rank's records have no cache before them"
+            most = len(self.layers) * num_experts
+            self._memory = GrowingMemory(most * self.record_bytes, num_slots * self.record_bytes)
+            memory, num_slots = self._memory.tensor, most
+        self.slots = memory[: num_slots * self.record_bytes].view(num_slots, self.record_bytes)
         self.records = self.slots[slots_before:]
+        self._tables: dict[int, ExpertTable] = {}
 
     def plain_weights(self, layer: int) -> tuple[Tensor, Tensor]:
-        """View a layer's gate_up and down before they are packed; see kernels/moe/base.py."""
-        return plain_weights(self._of(layer), self.hidden_size, self.intermediate_size, self.dtype)
+        """View gate_up and down of a layer's held experts, unpacked; see kernels/moe/base.py."""
+        first = self._slot[layer, self.held[layer][0]] if self.held[layer] else 0
+        records = self.records[first : first + len(self.held[layer])]
+        return plain_weights(records, self.hidden_size, self.intermediate_size, self.dtype)
 
     def pack(
         self,
@@ -104,29 +128,53 @@ class ExpertArena:
         model_id: bytes = b"",
     ) -> None:
         """Pack all records, whose plain weights were filled, and write their headers."""
-        pack_records_(self.records, self.hidden_size, self.intermediate_size, self.dtype)
-        for index, layer in enumerate(self.layers):
-            for expert in range(self.num_experts):
-                header = RecordHeader(
-                    layout, self.dtype, model_id, layer, expert, self.record_bytes
-                ).pack()
-                slot = index * self.num_experts + expert
-                self.records[slot, :HEADER_BYTES] = torch.frombuffer(
-                    bytearray(header), dtype=torch.uint8
-                )
+        records = self.records[: self._num_slots]
+        pack_records_(records, self.hidden_size, self.intermediate_size, self.dtype)
+        for (layer, expert), slot in self._slot.items():
+            header = RecordHeader(
+                layout, self.dtype, model_id, layer, expert, self.record_bytes
+            ).pack()
+            records[slot, :HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
 
     def table(self, layer: int) -> ExpertTable:
-        """Return a layer's experts, all resident."""
-        first = self.layers.index(layer) * self.num_experts
-        return ExpertTable(
-            self.records,
-            torch.arange(first, first + self.num_experts, dtype=torch.int32),
-            torch.zeros(self.num_experts, dtype=torch.int64),
-            self.hidden_size,
-            self.intermediate_size,
-            self.dtype,
-        )
+        """Return a layer's experts, those held resident; always the same table."""
+        if layer not in self._tables:
+            slots = torch.full((self.num_experts,), -1, dtype=torch.int32)
+            for expert in self.held[layer]:
+                slots[expert] = self._slot[layer, expert]
+            self._tables[layer] = ExpertTable(
+                self.records,
+                slots,
+                torch.zeros(self.num_experts, dtype=torch.int64),
+                self.hidden_size,
+                self.intermediate_size,
+                self.dtype,
+            )
+        return self._tables[layer]
 
-    def _of(self, layer: int) -> Tensor:
-        first = self.layers.index(layer) * self.num_experts
-        return self.records[first : first + self.num_experts]
+    # -- a part that changes -----------------------------------------------------------------------
+
+    def record(self, layer: int, expert: int) -> Tensor:
+        """Return a held expert's record, uint8 [record_bytes]."""
+        return self.records[self._slot[layer, expert]]
+
+    def add(self, layer: int, expert: int) -> Tensor:
+        """Return room for the record of one more expert; it runs once it was shown.
+
+        Raises CapacityError.
+        """
+        if not self._free:
+            self._memory.resize((self._num_slots + 1) * self.record_bytes)
+            self._free.append(self._num_slots)
+            self._num_slots += 1
+        self._slot[layer, expert] = slot = self._free.pop()
+        return self.records[slot]
+
+    def show(self, layer: int, expert: int) -> None:
+        """Let the kernels see an expert that `add` made room for, now that its record is there."""
+        self.table(layer).slot_of_expert[expert] = self._slot[layer, expert]
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Give up an expert, shown or not."""
+        self.table(layer).slot_of_expert[expert] = -1
+        self._free.append(self._slot.pop((layer, expert)))

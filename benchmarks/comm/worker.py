@@ -33,8 +33,9 @@ REPEATS = 5  # calls a sample, whose mean it is
 def table_of(experts: list[int], shape: Shape, kernels: Kernels) -> ExpertTable:
     """Return random experts, the same for the same numbers wherever they are."""
     arena = ExpertArena(
-        (LAYER,), len(experts), shape.hidden_size, shape.intermediate_size, torch.bfloat16,
+        (LAYER,), shape.num_experts, shape.hidden_size, shape.intermediate_size, torch.bfloat16,
         kernels.record_bytes(shape.hidden_size, shape.intermediate_size, torch.bfloat16),
+        held={LAYER: experts},
     )  # fmt: skip
     for part in arena.plain_weights(LAYER):
         for row, expert in zip(part, experts, strict=True):

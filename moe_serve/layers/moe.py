@@ -43,14 +43,20 @@ class MoeLayer:
         residual: what entered the norm that gave `hidden`; shown to those who predict, not changed.
         """
         routing = self.router(hidden)
-        inbox, receipt = self.dispatcher.dispatch(self.layer, hidden, routing)
+        shared = None if self.shared is None else _Shared(self, hidden)
+        inbox, receipt = self.dispatcher.dispatch(self.layer, hidden, routing, shared)
         outbox = self.experts.run(self.layer, inbox, routing, residual)  # [num_pairs, hidden_size]
-        if self.shared is None:
+        if shared is None:
             return self.dispatcher.combine(outbox, receipt)
+        return self.dispatcher.combine(outbox, receipt, shared.rows, shared.weights)
+
+    def run_shared(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the shared expert's rows, and what they are weighed by."""
+        assert self.shared is not None
         weights = None
         if self.shared_gate is not None:
             weights = self._shared_weights(hidden, self.shared_gate)
-        return self.dispatcher.combine(outbox, receipt, self.shared(hidden), weights)
+        return self.shared(hidden), weights
 
     def part(self) -> MoePart:
         """Return this layer, but its shared expert, as the fused forward pass takes it."""
@@ -61,3 +67,16 @@ class MoeLayer:
             experts=self.experts.layers[self.layer],
             shared_gate=self.shared_gate,
         )
+
+
+class _Shared:
+    """The shared expert of a layer, run while tokens are on their way to the others."""
+
+    def __init__(self, layer: MoeLayer, hidden: Tensor) -> None:
+        self._layer = layer
+        self._hidden = hidden
+        self.rows: Tensor | None = None
+        self.weights: Tensor | None = None
+
+    def __call__(self) -> None:
+        self.rows, self.weights = self._layer.run_shared(self._hidden)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,11 +36,17 @@ class ExpertWeights:
     """The arenas of all MoE layers of a model: one for each shape of experts, mostly one in all."""
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, kernels: Kernels, slots_before: int = 0
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        slots_before: int = 0,
+        held: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """Allocate. Raises CapacityError where there is no memory.
 
-        slots_before: slots of a cache, in front of each arena's records.
+        slots_before: slots of a cache, in front of each arena's records. held: by layer, the
+        experts that are kept in this process, rising; None: all.
         """
         self._kernels = kernels
         routers = [layer.moe.router for layer in spec.layers if layer.moe is not None]
@@ -57,6 +65,7 @@ class ExpertWeights:
                 dtype,
                 kernels.record_bytes(spec.hidden_size, size, dtype),
                 slots_before,
+                held,
             )
             for (num_experts, size), layers in layers_of_shape.items()
         ]
@@ -69,6 +78,15 @@ class ExpertWeights:
                 views |= zip(expert_names(layer), arena.plain_weights(layer), strict=True)
         return views
 
+    def plain_runs(self) -> Iterator[tuple[dict[str, Tensor], range]]:
+        """Yield what `plain` returns in pieces of experts that follow one another, with these."""
+        for arena in self._arenas:
+            for layer in arena.layers:
+                views = arena.plain_weights(layer)
+                for first, run in _runs(arena.held[layer]):
+                    parts = [view[first : first + len(run)] for view in views]
+                    yield dict(zip(expert_names(layer), parts, strict=True)), run
+
     def pack(self) -> None:
         """Pack what was filled, in place; what `plain` returned means nothing from then on."""
         for arena in self._arenas:
@@ -79,8 +97,9 @@ class ExpertWeights:
     ) -> ResidentExperts:
         """Pack, and return experts that are all resident."""
         self.pack()
-        tables = {layer: arena.table(layer) for arena in self._arenas for layer in arena.layers}
-        return ResidentExperts(self._kernels.moe, tables, self._top_k, recorder, keeper)
+        arenas = {layer: arena for arena in self._arenas for layer in arena.layers}
+        tables = {layer: arena.table(layer) for layer, arena in arenas.items()}
+        return ResidentExperts(self._kernels.moe, tables, self._top_k, recorder, keeper, arenas)
 
     def only_arena(self) -> ExpertArena:
         """Return the arena of a model whose experts all have one shape.
@@ -93,3 +112,12 @@ class ExpertWeights:
                 "have one: leave emulate_link out"
             )
         return self._arenas[0]
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, range]]:
+    """Yield runs of numbers that rise by one: the place of the first, and the run."""
+    first = 0
+    for place in range(1, len(numbers) + 1):
+        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:
+            yield first, range(numbers[first], numbers[place - 1] + 1)
+            first = place

@@ -46,8 +46,8 @@ def placement_of(chance: random.Random, num_experts: int, world_size: int) -> Pl
 
 def run_experts(placement: Placement, layer: int, rank: int, inbox: Any) -> torch.Tensor:
     """Return what this rank's experts make of their rows: something else for each expert."""
-    experts = torch.tensor(placement.experts_of(rank, LAYERS.index(layer)))
-    names = experts.repeat_interleave(inbox.counts) if len(experts) else experts.long()
+    names = torch.arange(placement.num_experts).repeat_interleave(inbox.counts)
+    assert set(names.tolist()) <= set(placement.experts_of(rank, LAYERS.index(layer)))
     return expert_rows(inbox.rows[inbox.row_of_pair], names)
 
 
