@@ -97,6 +97,8 @@ class ExpertCache:
 
     slot_of_expert: int32 [num_layers, num_experts], -1 where not resident; kernels read it.
     guaranteed: slots that other layers cannot take from a layer, where they share.
+    is_held: bool [num_layers, num_experts], the experts that may come at all: a rank's own. What is
+    no longer held stays until its slot is needed.
     """
 
     def __init__(
@@ -106,16 +108,21 @@ class ExpertCache:
         top_k: int,
         guaranteed: int | None = None,
         record_bytes: int = 0,
+        is_held: Array | None = None,
     ) -> None:
         """Raises CapacityError for less than top_k slots a layer: a token could not be served."""
-        check_capacity(shape, top_k)
+        if is_held is None:
+            is_held = np.ones((shape.num_layers, shape.num_experts), bool)
+        self.is_held = is_held
+        self.least_slots = min(top_k, int(is_held.sum(axis=1).max()))
+        check_capacity(shape, self.least_slots)
         self.shape = shape
         self.policy = policy
         self.top_k = top_k
         self._many_uses = _MANY_TOKENS * top_k
         self.counters = Counters(shape.num_layers)
         self.slot_of_expert = np.full((shape.num_layers, shape.num_experts), ABSENT, np.int32)
-        self._guaranteed = top_k if guaranteed is None else guaranteed
+        self._guaranteed = self.least_slots if guaranteed is None else guaranteed
         self._record_bytes = record_bytes
         layers = range(shape.num_layers)
         # the same as slot_of_expert, but with what is loading, and in lists, which are faster
@@ -354,7 +361,8 @@ class ExpertCache:
         """
         started = []
         for layer, expert in experts:
-            if self._slot[layer][expert] == ABSENT and self._may_take_free(layer) and self._free:
+            is_absent = self._slot[layer][expert] == ABSENT and self.is_held[layer, expert]
+            if is_absent and self._may_take_free(layer) and self._free:
                 slot = self._free.pop()
                 self._start(layer, expert, slot)
                 started.append((layer, expert, slot))
@@ -393,7 +401,7 @@ class ExpertCache:
         `moved`.
         Nothing may be loading. Raises CapacityError for less than top_k slots a layer.
         """
-        check_capacity(shape, self.top_k)
+        check_capacity(shape, self.least_slots)
         assert self._event is None
         assert not self._loading, "wait for what is loading first"
         assert (shape.num_layers, shape.num_experts) == (
@@ -448,8 +456,8 @@ class ExpertCache:
         return self._slot[layer][expert] == ABSENT
 
     def absent(self, layer: int) -> Array:
-        """Return bool [num_experts]: neither resident nor on its way."""
-        is_absent: Array = self.slot_of_expert[layer] == ABSENT
+        """Return bool [num_experts]: neither resident nor on its way, but held."""
+        is_absent: Array = (self.slot_of_expert[layer] == ABSENT) & self.is_held[layer]
         for other, expert in self._loading:
             if other == layer:
                 is_absent[expert] = False
@@ -474,8 +482,8 @@ class ExpertCache:
 
     @property
     def is_full(self) -> bool:
-        """Whether every expert is resident."""
-        return sum(map(len, self._residents)) == self.shape.num_layers * self.shape.num_experts
+        """Whether every expert that is held is resident."""
+        return sum(map(len, self._residents)) == int(self.is_held.sum())
 
     @property
     def num_loading(self) -> int:

@@ -169,7 +169,7 @@ class OffloadedExperts:
                     self.prefetcher.start_step(self._step, batch)
                 yield self
                 self._tell_hits(len(self._model_layers))
-                if self.recorder is not None:
+                if self.recorder is not None and batch.num_seqs:
                     self.recorder.add(self._step, batch, self._notes)
         except MoeServeError:
             raise
@@ -221,6 +221,7 @@ class OffloadedExperts:
         assert self._notes is not None, "outside of a step"
         self._notes.note(layer, routing)
         table = self.layers[layer]
+        self._next_layer = self._index[layer]  # no layer before this one is left to be told
         stopped = Stopped(
             layer=layer,  # by the model's number
             expert_ids=routing.expert_ids.numpy(),
@@ -229,8 +230,12 @@ class OffloadedExperts:
             residual=residual,
         )
         out = inbox.rows.new_empty(inbox.row_of_pair.shape[0], table.hidden_size)
-        for part in self.serve(stopped, can_wait=False):
-            self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, table, part.only, out)
+        try:
+            for part in self.serve(stopped, can_wait=False):
+                self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, table, part.only, out)
+        except BaseException:
+            self.cache.abandon()  # where there are ranks, the step goes on with the next layer
+            raise
         return out
 
     def resize(self, shape: CacheShape) -> None:
@@ -239,7 +244,7 @@ class OffloadedExperts:
         Raises CapacityError for less than top_k slots a layer, more than there are experts, or more
         memory than there is; then nothing has changed.
         """
-        check_capacity(shape, self.cache.top_k)
+        check_capacity(shape, self.cache.least_slots)
         if shape.total_slots > self._memory.most_slots:
             raise CapacityError(
                 f"{shape.total_slots} expert slots, but there is room for "

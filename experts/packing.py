@@ -5,12 +5,14 @@ Knows nothing of models and kernels: it is given packed records and adds what sa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import glob
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -26,6 +28,27 @@ logger = logging.getLogger(__name__)
 _PART = ".part-"
 # of the disk, of a user's quota, of what the process may write
 _TOO_LITTLE_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is inside of this for the same folder.
+
+    For those that would all write the same store: the first does, the others find it. Where a
+    folder cannot be locked they do it all.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # whoever writes there will say so
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_store(

@@ -57,14 +57,15 @@ def read_placement(path: Path, mesh: Mesh | None = None) -> Placement:
             if mesh is None:
                 raise ConfigError("physical_to_logical_map says nothing of ranks: name them")
             return from_physical(np.array(data["physical_to_logical_map"]), mesh)
-        return _from_json(data)
+        return placement_from(data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: not a placement: {error!r}") from error
 
 
-def _from_json(data: Mapping[str, Any]) -> Placement:
+def placement_from(data: Mapping[str, Any]) -> Placement:
+    """Return what `as_json` gave. Raises ConfigError, and what odd data raises by itself."""
     if data.get("schema") != SCHEMA:
         raise ConfigError(f"schema is {data.get('schema')!r}, not {SCHEMA}")
     for name in ("num_ranks", "ranks_per_node", "num_layers", "num_experts"):

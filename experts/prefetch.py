@@ -140,7 +140,7 @@ class Prefetcher:
         start_s = time.perf_counter()
         is_settled = self._calibration.num_recorded >= _COUNTED_TO_SETTLE
         self._is_counting = not is_settled or step % _SETTLED_TURN == 0
-        self._batch = batch if batch.num_tokens else None
+        self._batch = batch if batch.num_seqs else None
         self._forecasts.clear()
         if self._batch is None:
             return

@@ -253,6 +253,7 @@ def _json_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     With n > 1 the n outputs of a prompt follow each other, all with its index.
     """
     assert llm.last_run is not None
+    stats = llm.engine.stats()
     return {
         "schema": 1,
         "model": llm.model,
@@ -272,8 +273,8 @@ def _json_report(llm: LLM, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
             for completion in output.outputs
         ],
         "metrics": llm.last_run.to_json(),
-        "experts": dict(llm.engine.stats().experts),
-        "ranks": [],
+        "experts": dict(stats.experts),
+        "ranks": list(stats.ranks),
     }
 
 

@@ -31,6 +31,7 @@ _MAX_SEQS = 2**20
 _MAX_THREADS = 2**12
 _MAX_KV_GIB = 2**20
 _LEAST_LINK = 1e-3
+MOST_RANKS = 1024
 
 
 def _within(name: str, value: int | None, low: int, high: int = _MAX_COUNT) -> None:
@@ -214,6 +215,36 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RanksConfig:
+    """How a model is spread over processes, its ranks."""
+
+    ep_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Ranks that share the experts, started here; under torchrun: the world's size.",
+            "flag": "--ep",
+        },
+    )
+    placement: str = field(
+        default="contiguous",
+        metadata={
+            "help": "Which rank holds which experts: a file of `moe-serve place`, or contiguous, "
+            "or round_robin."
+        },
+    )
+    dispatcher: str = field(
+        default="auto",
+        metadata={
+            "help": "How tokens travel to their experts: a file in comm.",
+            "package": "moe_serve.comm",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _within("ep_size", self.ep_size, 1, MOST_RANKS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
     """What computes."""
 
@@ -255,6 +286,7 @@ class EngineConfig:
     kv: KVConfig = field(default_factory=KVConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     @classmethod
@@ -271,10 +303,19 @@ class EngineConfig:
         hints = typing.get_type_hints(cls)
         return cls(**{branch: hints[branch](**values) for branch, values in branches.items()})
 
+    def options(self) -> dict[str, Any]:
+        """Return every leaf by name: what `from_options` makes this of."""
+        return {
+            leaf.name: getattr(getattr(self, leaf.branch), leaf.name) for leaf in option_fields()
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class OptionField:
-    """One leaf of the tree: where it sits, its type without None, and what the help says."""
+    """One leaf of the tree: where it sits, its type without None, and what the help says.
+
+    flag: on the command line, where it is not the name.
+    """
 
     branch: str
     name: str
@@ -284,6 +325,7 @@ class OptionField:
     help: str
     choices: tuple[str, ...]
     package: str | None
+    flag: str | None
 
 
 def option_fields() -> Iterator[OptionField]:
@@ -308,6 +350,7 @@ def option_fields() -> Iterator[OptionField]:
                 meta["help"],
                 tuple(meta.get("choices", ())),
                 meta.get("package"),
+                meta.get("flag"),
             )
 
 

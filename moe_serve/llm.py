@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
 from moe_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_options
-from moe_serve.engine.build import build_engine
 from moe_serve.errors import CheckpointError, ConfigError, MoeServeError, RequestError
 from moe_serve.hub import resolve_model
+from moe_serve.launch.coordinator import RankedEngine
+from moe_serve.launch.open import open_engine
+from moe_serve.launch.worker import Follower
 from moe_serve.models.hf_config import (
     GENERATION_FILE,
     GenerationDefaults,
@@ -75,6 +77,8 @@ class LLM:
     """
 
     last_run: RunMetrics | None = None
+    _follower: Follower | None = None
+    _end: weakref.finalize[..., LLM]
 
     def __init__(
         self,
@@ -120,7 +124,11 @@ class LLM:
         except RequestError as error:
             raise CheckpointError(f"{folder / GENERATION_FILE}: {error}") from error
         with loading_bar(is_shown=use_tqdm) as on_progress:
-            engine = build_engine(config, folder, on_progress=on_progress)
+            engine = open_engine(config, folder, on_progress=on_progress)
+        if isinstance(engine, Follower):
+            self._follower = engine
+            self._end = weakref.finalize(self, _follow_to_the_end, engine)
+            engine = engine.worker.engine
         self._adopt(engine, tokenizer, defaults, template)
 
     @classmethod
@@ -157,7 +165,8 @@ class LLM:
                 vocab_size,
             )
         self.engine = engine
-        self._end = weakref.finalize(self, _close_quietly, engine)
+        if self._follower is None:
+            self._end = weakref.finalize(self, _close_quietly, engine)
         self.tokenizer = tokenizer
         self.requests = RequestMaker(
             vocab_size=vocab_size,
@@ -176,9 +185,13 @@ class LLM:
         """Stop what runs in the background; write traces and profiles that were asked for.
 
         Also done when the object goes, and at the interpreter's exit; twice does no harm. Raises
-        TraceError for what cannot be written.
+        TraceError for what cannot be written. A rank above 0 works on until rank 0 has closed.
         """
-        if self._end.detach() is not None:
+        if self._end.detach() is None:
+            return
+        if self._follower is not None:
+            self._follower.follow(until_close=True)
+        else:
             self.engine.close()
 
     def __enter__(self) -> Self:
@@ -191,6 +204,11 @@ class LLM:
     def model(self) -> str:
         """The model's name, as it was given."""
         return self.engine.config.weights.model
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether outputs come from this process: under torchrun they do from rank 0 alone."""
+        return self._follower is None
 
     @property
     def has_chat_template(self) -> bool:
@@ -218,7 +236,11 @@ class LLM:
         All prompts are checked before the first runs: a bad one is a RequestError that names its
         place, and nothing ran. A prompt without a seed gets one from the `seed` option and how many
         prompts this LLM took before, so a program repeats itself.
+        Under torchrun every rank must make the same calls; ranks above 0 work meanwhile, and return
+        [] when the call of rank 0 has ended.
         """
+        if self._followed():
+            return []
         listed = _prompt_list(prompts)
         params = self._params_list(sampling_params, len(listed))
         return self._generate(listed, params, _priorities(priority, len(listed)), use_tqdm)
@@ -237,6 +259,8 @@ class LLM:
         messages: one conversation, [{"role": ..., "content": ...}, ...], or a list of such.
         cache_salt is that of all of them.
         """
+        if self._followed():
+            return []
         many = isinstance(messages, Sequence) and messages and not isinstance(messages[0], Mapping)
         conversations = cast("list[Conversation]", messages if many else [messages])
         prompts: list[Prompt] = []
@@ -253,6 +277,8 @@ class LLM:
 
         The prompt is checked at once. Closing the iterator aborts the request.
         """
+        if self._followed():
+            return iter(())
         sampling = sampling_params or self.default_sampling_params()
         prepared = self.prepare(prompt, sampling, priority=priority)
         return self._stream(prepared)
@@ -262,7 +288,7 @@ class LLM:
     ) -> Iterator[str]:
         """Yield the new text only, of a request with n = 1; joined it is the output's text."""
         sampling = sampling_params or self.default_sampling_params()
-        if sampling.n != 1:
+        if sampling.n != 1 and self.is_first_rank:
             raise RequestError(f"n is {sampling.n}; stream_text gives one text: use stream")
         return self._pieces(self.stream(prompt, sampling, priority=priority))
 
@@ -291,6 +317,8 @@ class LLM:
         now, although something is being served. A request that the engine refuses ends with an
         error output; the others go on.
         """
+        if self._followed():
+            return
         run = _Run(self, prepared)
         try:
             while changed := run.advance():
@@ -368,6 +396,13 @@ class LLM:
                 f"{len(given)} sampling_params for {count} prompts; give one, or one for each"
             )
         return given
+
+    def _followed(self) -> bool:
+        """On a rank above 0: work until rank 0's run has ended, and return True."""
+        if self._follower is None:
+            return False
+        self._follower.follow()
+        return True
 
     def _step(self) -> None:
         """Run one step and tell every request it served, whoever waits for it."""
@@ -490,6 +525,8 @@ class _Run:
                 llm._untold = deque(o for o in llm._untold if o.request_id not in self._mine)
             self._mine.clear()
         llm.last_run = self._meter.read(llm.engine.stats())
+        if isinstance(llm.engine, RankedEngine):
+            llm.engine.release()
 
 
 def _close_quietly(engine: TokenEngine) -> None:
@@ -498,6 +535,10 @@ def _close_quietly(engine: TokenEngine) -> None:
         engine.close()
     except MoeServeError as error:
         logger.error("%s", error)
+
+
+def _follow_to_the_end(follower: Follower) -> None:
+    follower.follow(until_close=True)
 
 
 def _is_local(name: str) -> bool:

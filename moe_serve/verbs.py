@@ -88,7 +88,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came f
 
 
 def _engine_parameter(leaf: OptionField) -> inspect.Parameter:
-    flag = f"--{leaf.name.replace('_', '-')}"
+    flag = leaf.flag or f"--{leaf.name.replace('_', '-')}"
     if leaf.kind is bool:
         flag = f"{flag}/--no-{flag[2:]}"
     known = f" One of {', '.join(plugin.names(leaf.package))}." if leaf.package else ""
@@ -194,13 +194,19 @@ def load(
     """Return the model and what its outputs shall be, with all flags checked before it is read."""
     import dataclasses
 
-    from moe_serve.llm import LLM  # imports torch
+    from moe_serve.launch.coordinator import RankedEngine  # imports torch
+    from moe_serve.llm import LLM
     from moe_serve.types import SamplingParams
 
     given = {"max_tokens": DEFAULT_MAX_TOKENS, **sampling}
     SamplingParams.from_mapping(given)
     llm = LLM(config=config_of(engine), chat_template=chat_template)
     _OPEN.append(llm)
+    if not llm.is_first_rank:  # it works for rank 0 until that has ended
+        _close_all()
+        raise typer.Exit
+    if isinstance(llm.engine, RankedEngine):
+        note(llm.engine.about)
     return llm, dataclasses.replace(llm.default_sampling_params(), **given)
 
 

@@ -29,6 +29,7 @@ class FakeStats:
     model_bytes: int = 2**20
     kv_bytes: int = 2**21
     experts: dict[str, object] = field(default_factory=dict)
+    ranks: tuple[dict[str, object], ...] = ()
 
 
 @dataclass

@@ -36,7 +36,7 @@ ENGINE_FLAGS = {
     "--max-num-seqs", "--max-num-batched-tokens", "--max-prefill-chunk", "--scheduling-policy",
     "--expert-cache-slots", "--expert-cache-gb", "--expert-cache-scope", "--eviction", "--prefetch",
     "--predictor", "--predictor-state", "--miss", "--expert-store", "--usage-profile",
-    "--record-trace", "--emulate-link",
+    "--record-trace", "--emulate-link", "--ep", "--placement", "--dispatcher",
     "--kernels", "--isa", "--fused", "--no-fused", "--threads", "--seed", "--config", "--debug",
     "--help",
 }  # fmt: skip
@@ -67,7 +67,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
         built.append(FakeEngine(config, error_id=5))
         return built[-1]
 
-    monkeypatch.setattr(moe_serve.llm, "build_engine", build)
+    monkeypatch.setattr(moe_serve.llm, "open_engine", build)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     return built
 
@@ -300,7 +300,7 @@ import sys
 import moe_serve.llm
 from moe_serve import cli
 from tests.fake_engine import FakeEngine
-moe_serve.llm.build_engine = lambda config, folder, on_progress: FakeEngine(
+moe_serve.llm.open_engine = lambda config, folder, on_progress: FakeEngine(
     config, max_model_len=10**6, step_s=0.001
 )
 sys.exit(cli.run(["generate", "Hi you", "--max-tokens", "100000"]))

@@ -372,7 +372,7 @@ def test_what_does_not_go_with_the_model_is_seen_before_its_weights(
     def read(*args: Any, **options: Any) -> None:
         raise AssertionError("the weights are read")
 
-    monkeypatch.setattr(moe_serve.llm, "build_engine", read)
+    monkeypatch.setattr(moe_serve.llm, "open_engine", read)
     write_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"ids up to 6143.*vocab_size is 32"):
         LLM(tmp_path, tokenizer=str(EMBEDDED))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +14,14 @@ import torch
 from moe_serve import plugin
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
-from moe_serve.engine.expert_parts import ExpertParts, read_usage
+from moe_serve.engine.expert_parts import ExpertParts, model_id_of, read_usage
 from moe_serve.engine.kv_cache import KVCacheManager
+from moe_serve.engine.lockstep import LockstepEngine, LockstepRunner
 from moe_serve.engine.memory import available_bytes, num_kv_blocks
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.policies.base import Policy
+from moe_serve.engine.rank_parts import RankParts
+from moe_serve.engine.ranks import Ranks
 from moe_serve.engine.residency import Residency, plan_residency
 from moe_serve.engine.sampler import Sampler
 from moe_serve.engine.scheduler import Scheduler
@@ -35,15 +40,19 @@ def build_engine(
     folder: Path,
     on_progress: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    ranks: Ranks | None = None,
 ) -> Engine:
     """Load the model in `folder` and return an engine ready to run.
 
-    on_progress is called with (bytes read, bytes in all). Raises ConfigError for an option that
-    this model cannot have, CheckpointError for a folder that cannot be loaded, CapacityError,
-    before any weight is read, for what the memory that is free now cannot hold.
+    on_progress is called with (bytes read, bytes in all). ranks: those that this process is one
+    of; every one of them must call this. Raises CommError where they are not alike, ConfigError for
+    an option that this model cannot have, CheckpointError for a folder that cannot be loaded,
+    CapacityError, before any weight is read, for what the memory that is free now cannot hold.
     """
     if config.runtime.threads is not None:
         torch.set_num_threads(config.runtime.threads)
+    elif ranks is not None:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.num_here))
     policy = plugin.load("moe_serve.engine.policies", config.scheduler.scheduling_policy).build()
     kernels = suite.load(config.runtime.kernels, config.runtime.isa)
     if not config.runtime.fused and kernels.build_forward is None:
@@ -53,19 +62,32 @@ def build_engine(
     dtype = _dtype(config.weights.dtype, hf_config.dtype)
     max_model_len = _max_model_len(config.weights.max_model_len, spec.max_position_embeddings)
     available = available_bytes()
-    keeper = read_usage(config, spec, folder)
+    rank = None
+    if ranks is not None:
+        available //= ranks.num_here
+        rank = RankParts(config, spec, ranks, model_id_of(config, folder))
+    share = None if rank is None else rank.share
+    keeper = read_usage(config, spec, folder, share)
     uses = None if keeper is None else keeper.before.uses
-    residency = plan_residency(config, spec, dtype, kernels, max_model_len, available, uses)
+    residency = plan_residency(config, spec, dtype, kernels, max_model_len, available, uses, share)
     num_blocks = num_kv_blocks(
         config, spec, dtype, max_model_len, available, residency.model_bytes, residency.kv_bytes
     )
     numerics_id = f"{kernels.numerics_id}-{str(dtype).removeprefix('torch.')}"
-    weights, experts = ExpertParts(
-        config, spec, dtype, kernels, residency, folder, numerics_id, keeper, on_progress
-    ).load()
+    if rank is not None:
+        rank.agree(numerics_id, residency)
+    parts = ExpertParts(
+        config, spec, dtype, kernels, residency, folder, numerics_id, keeper, on_progress, share
+    )
+    weights, experts = parts.load()
     try:
-        model = Decoder(spec, weights, experts, kernels, max_model_len)
-        return _engine(config, policy, model, residency, num_blocks, numerics_id, clock)
+        dispatcher = None
+        if rank is not None:
+            experts, dispatcher = rank.experts(experts), rank.dispatcher(kernels)
+        model = Decoder(spec, weights, experts, kernels, max_model_len, dispatcher)
+        if rank is not None:
+            rank.meet(model, residency.top_k)
+        return _engine(config, policy, model, residency, num_blocks, numerics_id, clock, rank)
     except BaseException:
         experts.abandon()
         raise
@@ -79,6 +101,7 @@ def _engine(
     num_blocks: tuple[int, ...],
     numerics_id: str,
     clock: Callable[[], float],
+    rank: RankParts | None,
 ) -> Engine:
     """Put an engine around a model that is loaded."""
     spec, max_model_len, kernels = model.spec, model.max_model_len, model.kernels
@@ -106,11 +129,14 @@ def _engine(
         (count + 1) * block_size * group.bytes_per_token
         for count, group in zip(num_blocks, model.groups, strict=True)
     )
-    return Engine(
+    runner_type = ModelRunner if rank is None else LockstepRunner
+    runner = runner_type(model, kv, num_blocks, sampler, config.runtime.fused)
+    build = Engine if rank is None else functools.partial(LockstepEngine, rank)
+    return build(
         config,
         spec,
         scheduler,
-        ModelRunner(model, kv, num_blocks, sampler, config.runtime.fused),
+        runner,
         max_model_len=max_model_len,
         numerics_id=numerics_id,
         model_bytes=residency.model_bytes,

@@ -10,8 +10,10 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.memory import available_bytes
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.scheduler import Scheduler
-from moe_serve.errors import CapacityError, ConfigError, MoeServeError, RequestError
+from moe_serve.engine.sequence import ScheduledStep
+from moe_serve.errors import CapacityError, CommError, ConfigError, MoeServeError, RequestError
 from moe_serve.experts.offload import OffloadedExperts
+from moe_serve.experts.rank_experts import RankExperts
 from moe_serve.models.spec import ModelSpec
 from moe_serve.types import Request, StepOutput
 
@@ -20,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """Counts since the engine was built; sizes in bytes. experts: {} where all are held."""
+    """Counts since the engine was built; sizes in bytes. experts: {} where all are held.
+
+    ranks: of each, where there are several; the other counts are then those of all.
+    """
 
     num_preemptions: int
     prefix_hit_tokens: int
@@ -29,6 +34,7 @@ class EngineStats:
     model_bytes: int
     kv_bytes: int
     experts: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Engine:
@@ -74,10 +80,14 @@ class Engine:
         if self.scheduler.has_unfinished:
             self._refuse_if_closed()
         step = self.scheduler.schedule()
-        if step is None:
-            return []
+        return [] if step is None else self._run(step)
+
+    def _run(self, step: ScheduledStep) -> list[StepOutput]:
         try:
             output = self.runner.run(step)
+        except CommError:  # not this step alone: none can follow
+            self.scheduler.retract(step)
+            raise
         except (RuntimeError, MemoryError, ArithmeticError, MoeServeError) as error:
             logger.debug("step %d failed", step.step, exc_info=True)
             return self.scheduler.fail(step, f"the step failed: {type(error).__name__}: {error}")
@@ -117,6 +127,8 @@ class Engine:
         """
         self._refuse_if_closed()
         experts = self.runner.model.experts
+        if isinstance(experts, RankExperts):
+            experts = experts.inner
         if not isinstance(experts, OffloadedExperts):
             raise ConfigError(
                 "all experts are held, so there is no cache to resize; build the engine with "

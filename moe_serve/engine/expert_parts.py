@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_serve import plugin
 from moe_serve.config import EngineConfig
+from moe_serve.engine.ranks import Share
 from moe_serve.engine.residency import Residency
 from moe_serve.errors import ConfigError, StoreError
 from moe_serve.experts.cache import ExpertCache
@@ -32,6 +33,7 @@ from moe_serve.experts.offload import (
     OffloadedExperts,
     SlotMemory,
 )
+from moe_serve.experts.packing import one_at_a_time
 from moe_serve.experts.predictor_state import read_state
 from moe_serve.experts.prefetch import MAX_DISTANCE, LinkTimes, Prefetcher
 from moe_serve.experts.profile import ProfileKeeper, read_profile
@@ -88,6 +90,7 @@ class ExpertParts:
         numerics_id: str,
         keeper: ProfileKeeper | None = None,
         on_progress: Progress = None,
+        share: Share | None = None,
     ) -> None:
         self._config = config
         self._spec = spec
@@ -98,6 +101,7 @@ class ExpertParts:
         self._numerics_id = numerics_id
         self._keeper = keeper
         self._on_progress = on_progress
+        self._share = share
         self._layers = moe_layers(spec)
         self._is_dummy = config.weights.load_format == "dummy"
 
@@ -122,6 +126,7 @@ class ExpertParts:
             self._residency.top_k,
             0 if self._config.experts.expert_cache_scope == "global" else None,
             self._residency.slot_bytes,
+            None if self._share is None else self._share.is_held,
         )
         build_predictor = self._predictor(cache)
         recorder = self._recorder()
@@ -149,8 +154,15 @@ class ExpertParts:
     # -- the three ways ----------------------------------------------------------------------------
 
     def _resident(self) -> tuple[dict[str, Tensor], Experts]:
-        weights = ExpertWeights(self._spec, self._dtype, self._kernels)
-        others = self._fill_all(weights.plain())
+        held = None if self._share is None else self._share.held
+        weights = ExpertWeights(self._spec, self._dtype, self._kernels, held=held)
+        if held is None:
+            others = self._fill_all(weights.plain())
+        else:
+            others = self._fill_others()
+            fill = self._fill_experts()
+            for into, experts in weights.plain_runs():
+                fill(into, experts)
         return others, weights.packed(self._recorder(), self._keeper)
 
     def _behind_link(self, cache: ExpertCache, gb_per_s: float) -> tuple[dict[str, Tensor], _Tier]:
@@ -179,9 +191,10 @@ class ExpertParts:
             self._spec, self._dtype, self._kernels, self._model_hash(), self._numerics_id
         )
         path = store_path(self._store_folder(), self._folder.resolve().name, layout)
-        store = open_or_pack(
-            path, layout, self._spec, self._kernels, self._fill_experts(), self._on_progress
-        )
+        with one_at_a_time(path.parent):  # ranks of one machine share the file
+            store = open_or_pack(
+                path, layout, self._spec, self._kernels, self._fill_experts(), self._on_progress
+            )
         shape = cache.shape
         try:
             others = self._fill_others()
@@ -295,12 +308,15 @@ class ExpertParts:
             return None
         num_experts = max(self._num_experts(index) for index in range(len(self._layers)))
         return RoutingRecorder(
-            Path(path),
+            self._own_file(Path(path)),
             list(self._layers),
             num_experts,
             self._residency.top_k,
-            _hash_of(self._config, self._folder, counts_time=False)[:16],
+            model_id_of(self._config, self._folder),
         )
+
+    def _own_file(self, path: Path) -> Path:
+        return path if self._share is None else self._share.own_file(path)
 
     def _gates(self, weights: Mapping[str, Tensor]) -> Gates:
         """Return the routers and the norms before them, for a predictor that asks them early."""
@@ -360,16 +376,22 @@ class ExpertParts:
         return default_store_folder() if given is None else Path(given)
 
 
-def read_usage(config: EngineConfig, spec: ModelSpec, folder: Path) -> ProfileKeeper | None:
+def read_usage(
+    config: EngineConfig, spec: ModelSpec, folder: Path, share: Share | None = None
+) -> ProfileKeeper | None:
     """Read the usage profile, if there is to be one. Raises TraceError for another model's."""
     path, layers = config.experts.usage_profile, moe_layers(spec)
     if path is None or not layers:
         return None
     counts = [moe.router.num_experts for layer in spec.layers if (moe := layer.moe) is not None]
-    before = read_profile(
-        Path(path), _hash_of(config, folder, counts_time=False)[:16], len(layers), max(counts)
-    )
-    return ProfileKeeper(Path(path), before, config.experts.eviction)
+    own = Path(path) if share is None else share.own_file(Path(path))
+    before = read_profile(own, model_id_of(config, folder), len(layers), max(counts))
+    return ProfileKeeper(own, before, config.experts.eviction)
+
+
+def model_id_of(config: EngineConfig, folder: Path) -> str:
+    """Return what traces, profiles and placements call this model."""
+    return _hash_of(config, folder, counts_time=False)[:16]
 
 
 def _hash_of(config: EngineConfig, folder: Path, *, counts_time: bool) -> str:

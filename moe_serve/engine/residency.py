@@ -20,6 +20,7 @@ from moe_serve.engine.memory import (
     table_bytes,
     text_of,
 )
+from moe_serve.engine.ranks import Share
 from moe_serve.errors import CapacityError, ConfigError
 from moe_serve.experts.cache import check_capacity
 from moe_serve.experts.policies.base import CacheShape
@@ -69,10 +70,12 @@ def plan_residency(
     max_model_len: int,
     available: int,
     uses: Array | None = None,
+    share: Share | None = None,
 ) -> Residency:
     """Settle how many experts of each layer are held, by the options or by what memory there is.
 
     uses: float [num_layers, num_experts], how often each was used in earlier runs, if known.
+    share: which experts are this rank's; None: all.
 
     Raises CapacityError where it would be fewer than a token uses, naming the least that is enough,
     or where not even with those the keys and values fit.
@@ -86,20 +89,23 @@ def plan_residency(
     moes = [moe for index in layers if (moe := spec.layers[index].moe) is not None]
     top_k = max(moe.router.top_k for moe in moes)
     num_experts = max(moe.router.num_experts for moe in moes)
+    most_held = num_experts if share is None else share.most_held
+    num_held = len(layers) * num_experts if share is None else int(share.is_held.sum())
+    least = min(top_k, most_held)
     slot_bytes = max(
         -(-kernels.record_bytes(spec.hidden_size, moe.intermediate_size, dtype) // RECORD_ALIGNMENT)
         * RECORD_ALIGNMENT
         for moe in moes
     )
     other_bytes = weights_bytes(spec, dtype, names_without_experts(spec))
-    all_bytes = other_bytes + len(layers) * num_experts * slot_bytes
+    all_bytes = other_bytes + num_held * slot_bytes
     slots = _slots_by_options(options, len(layers), slot_bytes)
     kv_bytes = None
     if slots is None:
         free = available - other_bytes - table_bytes(config, spec, max_model_len)
         kv_room = kv_room_bytes(config, spec, dtype)
-        if len(layers) * num_experts * slot_bytes <= free - kv_room:
-            slots = len(layers) * num_experts
+        if num_held * slot_bytes <= free - kv_room:
+            slots = len(layers) * most_held
         elif _is_kv_given(config):
             slots = max(0, int((free - kv_room) * _SHARE_OF_FREE)) // slot_bytes
         else:
@@ -113,16 +119,18 @@ def plan_residency(
             found = divided(int(free * _SHARE_OF_FREE), demand)
             slots = 0 if found is None else found[0] * len(layers)
             kv_bytes = None if found is None else found[1]
-    if options.emulate_link is None and slots >= len(layers) * num_experts:
+    if options.emulate_link is not None and share is not None:
+        raise ConfigError("emulate_link measures one process; leave it out where there are ranks")
+    if options.emulate_link is None and slots >= len(layers) * most_held:
         if options.is_limited:
-            logger.info("all %d experts of each layer are held: the budget allows it", num_experts)
+            logger.info("all %d experts of each layer are held: the budget allows it", most_held)
         _warn_of_unused(options)
         return Residency(None, slot_bytes, all_bytes, top_k)
     _refuse_unlike_layers(moes)
-    shape = _shape(options, len(layers), num_experts, min(slots, len(layers) * num_experts))
-    least_bytes = other_bytes + top_k * len(layers) * slot_bytes
+    shape = _shape(options, len(layers), num_experts, min(slots, len(layers) * most_held))
+    least_bytes = other_bytes + least * len(layers) * slot_bytes
     num_kv_blocks(config, spec, dtype, max_model_len, available, least_bytes)
-    _check(shape, top_k, slot_bytes, available, options)
+    _check(shape, least, slot_bytes, available, options)
     held = other_bytes + shape.total_slots * slot_bytes
     if options.emulate_link is not None:
         held = all_bytes + shape.total_slots * slot_bytes
@@ -135,7 +143,7 @@ def plan_residency(
             + (
                 f"give at most expert_cache_slots {per_layer}, or expert_cache_gb "
                 f"{per_layer * len(layers) * slot_bytes / GIB:.3g}"
-                if per_layer >= top_k
+                if per_layer >= least
                 else "use a smaller model or dtype"
             )
         )
@@ -144,8 +152,8 @@ def plan_residency(
         shape.total_slots,
         slot_bytes,
         len(layers),
-        num_experts,
-        100 * shape.total_slots / (len(layers) * num_experts),
+        most_held,
+        100 * shape.total_slots / (len(layers) * most_held),
         "the rest in host memory" if options.emulate_link is not None else "the rest on disk",
     )
     return Residency(shape, slot_bytes, held, top_k, kv_bytes)

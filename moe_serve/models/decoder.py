@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.comm import local
+from moe_serve.comm.base import Dispatcher
 from moe_serve.errors import CapacityError
 from moe_serve.experts.executor import Experts
 from moe_serve.kernels.forward.base import LayerPart, ModelPart, Watcher
@@ -114,7 +115,8 @@ class Decoder:
 
     weights: what `ModelSpec.weights` names, but the experts; taken out of the dictionary as they
     are packed, so that nothing is held twice. experts: those of all MoE layers, packed.
-    max_model_len: how many positions the rotary table has.
+    max_model_len: how many positions the rotary table has. dispatcher: between ranks; None where
+    all experts are in this process.
     """
 
     def __init__(
@@ -124,8 +126,10 @@ class Decoder:
         experts: Experts,
         kernels: Kernels,
         max_model_len: int,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         self.spec = spec
+        self.dispatcher = dispatcher
         self.kernels = kernels
         self.experts = experts
         self.max_model_len = max_model_len
@@ -172,7 +176,8 @@ class Decoder:
                 index,
                 kernels,
                 Router(kernels, recipe, weights.pop(f"{name}.router")),
-                local.build(recipe.num_experts, kernels.sort_pairs, kernels.combine),
+                self.dispatcher
+                or local.build(recipe.num_experts, kernels.sort_pairs, kernels.combine),
                 self.experts,
                 shared,
                 gate,
@@ -219,6 +224,16 @@ class Decoder:
         assert delta is not None
         return self.kernels.add_rms_norm(delta, residual, self._norm, self.spec.norm_eps)[0]
 
+    def take_part(self, num_tokens: int, done: int | None = None) -> None:
+        """Send `num_tokens` rows of no meaning through the MoE layers after layer `done`.
+
+        A rank that has no token, or whose step has failed, owes its part to the others.
+        """
+        empty = torch.zeros(num_tokens, self.spec.hidden_size, dtype=self.dtype)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer.mlp, MoeLayer) and (done is None or index > done):
+                layer.mlp(empty, empty)
+
     def plans(self, batch: ForwardBatch) -> list[Any]:
         """Return the attention kernel's plan of a step, for each cache group."""
         return [
@@ -237,9 +252,10 @@ class Decoder:
     def fused(self, caches: list[LayerCache]) -> Callable[..., Tensor] | None:
         """Return `forward` on these caches as one call of the kernels, where they have that.
 
-        It takes whom to ask at the experts, if anyone, besides the batch.
+        It takes whom to ask at the experts, if anyone, besides the batch. None, too, where a pass
+        must stop for other ranks.
         """
-        if self.kernels.build_forward is None:
+        if self.kernels.build_forward is None or self.dispatcher is not None:
             return None
         run = self.kernels.build_forward(
             ModelPart(

@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -26,6 +26,8 @@ class EngineStats(Protocol):
     def kv_bytes(self) -> int: ...
     @property
     def experts(self) -> Mapping[str, Any]: ...
+    @property
+    def ranks(self) -> Sequence[Mapping[str, Any]]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,107 @@
+"""The experts of one rank of several, to which the others send their tokens too."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_serve.comm.base import Inbox
+from moe_serve.errors import CommError, MoeServeError
+from moe_serve.experts.executor import ResidentExperts
+from moe_serve.experts.offload import OffloadedExperts
+from moe_serve.kernels.forward.base import Watcher
+from moe_serve.kernels.moe.base import ExpertTable
+from moe_serve.types import ForwardBatch, Routing
+
+logger = logging.getLogger(__name__)
+
+_CRC_BYTES = 4
+
+
+class RankExperts:
+    """See `executor.Experts`. What fails gives NaN, for the others wait for their rows.
+
+    Sequences that used those experts then end with an error, at their own ranks; others go on.
+    Experts may move to other ranks: as whole records where they are held in memory; where a cache
+    stands before a store, which has all, none needs to travel.
+    """
+
+    def __init__(self, inner: ResidentExperts | OffloadedExperts) -> None:
+        self.inner = inner
+        self.layers: dict[int, ExpertTable] = inner.layers
+        self._index = {layer: index for index, layer in enumerate(sorted(inner.layers))}
+
+    def step(self, batch: ForwardBatch) -> AbstractContextManager[Watcher | None]:
+        return self.inner.step(batch)
+
+    def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
+        try:
+            return self.inner.run(layer, inbox, routing, residual)
+        except (RuntimeError, MemoryError, ArithmeticError, MoeServeError) as error:
+            logger.error("experts of layer %d: %s: %s", layer, type(error).__name__, error)
+            num_pairs, size = inbox.row_of_pair.shape[0], self.layers[layer].hidden_size
+            return inbox.rows.new_full((num_pairs, size), float("nan"))
+
+    def report(self) -> dict[str, Any]:
+        return self.inner.report()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def abandon(self) -> None:
+        self.inner.abandon()
+
+    # -- experts that move -------------------------------------------------------------------------
+
+    @property
+    def is_moving_records(self) -> bool:
+        """Whether an expert that comes to this rank must be sent to it."""
+        return isinstance(self.inner, ResidentExperts)
+
+    def message_bytes(self, layer: int) -> int:
+        """Return the size of an expert's record with its checksum, as it travels."""
+        return int(self.layers[layer].records.shape[1]) + _CRC_BYTES
+
+    def packed(self, layer: int, experts: Sequence[int]) -> Tensor:
+        """Return held experts as they travel, uint8 [num_experts, message_bytes]."""
+        out = torch.empty(len(experts), self.message_bytes(layer), dtype=torch.uint8)
+        for row, expert in zip(out, experts, strict=True):
+            record = self._arena(layer).record(layer, expert)
+            row[:-_CRC_BYTES] = record
+            crc = zlib.crc32(record.numpy()).to_bytes(_CRC_BYTES, "little")
+            row[-_CRC_BYTES:] = torch.frombuffer(bytearray(crc), dtype=torch.uint8)
+        return out
+
+    def receive(self, layer: int, experts: Sequence[int], rows: Tensor) -> None:
+        """Keep experts that came; they run once they were shown. Raises CommError if damaged."""
+        for expert, row in zip(experts, rows, strict=True):
+            sent = int.from_bytes(row[-_CRC_BYTES:].numpy().tobytes(), "little")
+            if zlib.crc32(row[:-_CRC_BYTES].numpy()) != sent:
+                raise CommError(f"expert {expert} of layer {layer} was damaged on its way")
+            self._arena(layer).add(layer, expert)[:] = row[:-_CRC_BYTES]
+
+    def take_over(self, layer: int, held: Sequence[int]) -> None:
+        """Hold these experts of a layer, which are here, and no others. Between steps."""
+        if isinstance(self.inner, OffloadedExperts):
+            is_held = self.inner.cache.is_held[self._index[layer]]
+            is_held[:] = False
+            is_held[list(held)] = True
+            return
+        arena = self._arena(layer)
+        before = np.flatnonzero(self.layers[layer].slot_of_expert.numpy() >= 0).tolist()
+        for expert in sorted(set(held) - set(before)):
+            arena.show(layer, expert)
+        for expert in sorted(set(before) - set(held)):
+            arena.drop(layer, expert)
+
+    def _arena(self, layer: int) -> Any:
+        assert isinstance(self.inner, ResidentExperts)
+        assert self.inner.arenas is not None
+        return self.inner.arenas[layer]

@@ -1,0 +1,264 @@
+"""Requests to ranks and their outputs back: what several engines look like as one.
+
+Each request has a home, the rank that schedules it and keeps its keys and values. All ranks step
+together. See `moe_serve.llm.TokenEngine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_serve.config import EngineConfig
+from moe_serve.engine.engine import EngineStats
+from moe_serve.errors import CommError
+from moe_serve.experts.placement.base import Placement
+from moe_serve.experts.placement_file import as_json
+from moe_serve.launch.links import Link, finish_all
+from moe_serve.launch.messages import (
+    Abort,
+    Add,
+    Call,
+    Close,
+    Place,
+    RankStats,
+    Release,
+    Reply,
+    Resize,
+    Stats,
+    Step,
+    Stop,
+)
+from moe_serve.models.spec import ModelSpec
+from moe_serve.types import Request, StepOutput
+
+# of experts that travel in one step, on all ranks together
+BYTES_PER_STEP = 4 * 2**20
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request at its home. num_tokens: what it may come to; open: its outputs that go on."""
+
+    home: int
+    num_tokens: int
+    open: set[int]
+
+
+class RankedEngine:
+    """The ranks of one model, as one engine.
+
+    links: one for each rank, by rank. on_end: called once, when no rank is to be told anything any
+    more; it is given what went wrong, or None.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        links: Sequence[Link],
+        on_end: Callable[[BaseException | None], None],
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self._links = links
+        self._on_end = on_end
+        self._live: dict[str, _Live] = {}
+        self._loads = [0] * len(links)
+        self._is_unfinished = [False] * len(links)
+        self.is_moving = False
+        self._failure: str | None = None
+        self._is_closed = False
+        first = links[0].ready
+        self.max_model_len = min(link.ready.max_model_len for link in links)
+        self.numerics_id = first.numerics_id
+        self.about = first.about
+        self._stats = self._gathered()
+
+    @property
+    def has_unfinished(self) -> bool:
+        return any(self._is_unfinished)
+
+    def add(self, request: Request) -> None:
+        """Give a request to the rank with the fewest tokens to come; as `Engine.add`.
+
+        An output that takes its prompt's blocks from another one runs where that one does, so all n
+        outputs of a request have one home.
+        """
+        home = min(range(len(self._links)), key=lambda rank: (self._loads[rank], rank))
+        self._call(home, Add(request))
+        sampling = request.sampling
+        longest = self.max_model_len - len(request.prompt_ids)
+        new = min(longest, sampling.max_tokens or longest)
+        num_tokens = len(request.prompt_ids) + sampling.n * new
+        self._live[request.request_id] = _Live(home, num_tokens, set(range(sampling.n)))
+        self._loads[home] += num_tokens
+
+    def step(self) -> list[StepOutput]:
+        """Let every rank take part in one step; return what all gave. Raises CommError."""
+        replies = self._call_all(Step())
+        outputs = [output for reply in replies for output in reply.outputs]
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._forget(output.request_id, output.index)
+        return outputs
+
+    def abort(self, request_id: str) -> bool:
+        """As `Engine.abort`."""
+        live = self._live.get(request_id)
+        if live is None or self._is_over:
+            return False
+        is_true = self._call(live.home, Abort(request_id)).is_true
+        for index in tuple(live.open):
+            self._forget(request_id, index)
+        return is_true
+
+    def stop(self, request_id: str, index: int) -> bool:
+        """As `Engine.stop`."""
+        live = self._live.get(request_id)
+        if live is None or self._is_over:
+            return False
+        is_true = self._call(live.home, Stop(request_id, index)).is_true
+        if is_true:
+            self._forget(request_id, index)
+        return is_true
+
+    def place(self, placement: Placement, bytes_per_step: int = BYTES_PER_STEP) -> None:
+        """Begin to move experts to where `placement` has them, while the engine serves.
+
+        They travel with the next steps, whole records, at most `bytes_per_step` on all ranks (but
+        one at least). `is_moving` says when they have arrived; no token depends on any of it.
+        Raises ConfigError for a placement of another model or other ranks, or while one is under
+        way.
+        """
+        for reply in self._call_all(Place(as_json(placement), bytes_per_step)):
+            if reply.failure is not None:
+                raise reply.failure.error()
+
+    def resize_expert_cache(self, slots_per_layer: int) -> None:
+        """As `Engine.resize_expert_cache`, on every rank."""
+        for reply in self._call_all(Resize(slots_per_layer)):
+            if reply.failure is not None:
+                raise reply.failure.error()
+
+    def stats(self) -> EngineStats:
+        """Return counts of all ranks together, and of each; the last known once it has ended."""
+        if not self._is_over:
+            self._stats = self._gathered()
+        return self._stats
+
+    def release(self) -> None:
+        """Let scripts that run on every rank go on: a run of rank 0 has ended."""
+        if not self._is_over:
+            for link in self._links:
+                link.start(Release())
+
+    def close(self) -> None:
+        """End all ranks; each writes what it was asked to. Raises what one of them could not."""
+        if self._is_over:
+            return
+        self._stats = self._gathered()
+        try:
+            replies = self._call_all(Close())
+        finally:
+            self._end(None)
+        for rank, reply in enumerate(replies):
+            if reply.failure is not None:
+                raise reply.failure.error(f"rank {rank}: ")
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    @property
+    def _is_over(self) -> bool:
+        return self._is_closed or self._failure is not None
+
+    def _call(self, rank: int, call: Call) -> Reply:
+        """Call one rank. Raises what it could not do."""
+        reply = self._guarded([rank], call)[0]
+        if reply.failure is not None:
+            raise reply.failure.error()
+        return reply
+
+    def _call_all(self, call: Call) -> list[Reply]:
+        return self._guarded(range(len(self._links)), call)
+
+    def _guarded(self, ranks: Sequence[int], call: Call) -> list[Reply]:
+        """Call ranks at once. Raises CommError when one of them is gone: then all are ended."""
+        if self._failure is not None:
+            raise CommError(f"the ranks have ended: {self._failure}")
+        if self._is_closed:
+            raise CommError("the ranks were closed; make another engine")
+        try:
+            called = [self._links[rank] for rank in ranks]
+            for link in called:
+                link.start(call)
+            replies = finish_all(called)
+        except BaseException as error:  # an interrupt, too: replies would be mixed up
+            self._end(error)
+            raise
+        for rank, reply in zip(ranks, replies, strict=True):
+            self._is_unfinished[rank] = reply.has_unfinished
+            self.is_moving = reply.is_moving
+        return replies
+
+    def _end(self, error: BaseException | None) -> None:
+        self._is_closed = True
+        self._is_unfinished = [False] * len(self._links)
+        if error is not None:
+            self._failure = str(error) or type(error).__name__
+        for link in self._links:
+            link.close()
+        self._on_end(error)
+
+    # -- books -------------------------------------------------------------------------------------
+
+    def _forget(self, request_id: str, index: int) -> None:
+        live = self._live.get(request_id)
+        if live is None:
+            return
+        live.open.discard(index)
+        if not live.open:
+            self._loads[live.home] -= live.num_tokens
+            del self._live[request_id]
+
+    def _gathered(self) -> EngineStats:
+        found: list[RankStats] = []
+        for reply in self._call_all(Stats()):
+            if reply.stats is None:
+                raise CommError("a rank gave no statistics")
+            found.append(reply.stats)
+        stats = [one.stats for one in found]
+        return EngineStats(
+            num_preemptions=sum(one.num_preemptions for one in stats),
+            prefix_hit_tokens=sum(one.prefix_hit_tokens for one in stats),
+            num_waiting=sum(one.num_waiting for one in stats),
+            num_running=sum(one.num_running for one in stats),
+            model_bytes=sum(one.model_bytes for one in stats),
+            kv_bytes=sum(one.kv_bytes for one in stats),
+            experts=_together([one.experts for one in stats]),
+            ranks=[{"rank": rank, **one.to_json()} for rank, one in enumerate(found)],
+        )
+
+
+def _together(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is said of all ranks' experts in one: counts added up, by layer and in all."""
+    if not all(reports):
+        return {}
+    first = reports[0]
+
+    def by_layer(parts: Iterable[Sequence[float]]) -> list[float]:
+        return [sum(values) for values in zip(*parts, strict=True)]
+
+    return {
+        "slots": sum(report["slots"] for report in reports),
+        "num_experts": first["num_experts"],
+        "resident": by_layer(report["resident"] for report in reports),
+        "per_layer": {
+            name: by_layer(report["per_layer"][name] for report in reports)
+            for name in first["per_layer"]
+        },
+        "total": {
+            name: sum(report["total"][name] for report in reports) for name in first["total"]
+        },
+    }

@@ -1,0 +1,151 @@
+"""A coordinator's end to the ranks: in other processes, and maybe one in its own."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Sequence
+
+from moe_serve.errors import CommError
+from moe_serve.launch.channel import Channel, Closed
+from moe_serve.launch.messages import Beat, Call, FromRank, Ready, Release, Reply
+from moe_serve.launch.worker import BEAT_S, RankWorker
+
+# without a sign of life of a rank that is at work
+DEAD_AFTER_S = 10 * BEAT_S
+# after one rank has complained of others, for what became of those
+_CAUSE_S = 0.5
+
+
+class LocalLink:
+    """To the rank of this very process, which works in `finish`."""
+
+    rank = 0
+
+    def __init__(self, worker: RankWorker) -> None:
+        self.ready = worker.ready()
+        self._worker = worker
+        self._call: Call = Release()
+
+    def start(self, call: Call) -> None:
+        self._call = call
+
+    def finish(self) -> Reply:
+        """Do what `start` was given. Raises CommError where other ranks fail this one."""
+        return self._worker.do(self._call)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class RemoteLink:
+    """To a rank in another process."""
+
+    ready: Ready
+
+    def __init__(self, rank: int, channel: Channel[FromRank]) -> None:
+        self.rank = rank
+        self._channel = channel
+        self._last_s = time.monotonic()
+
+    def start(self, call: Call) -> None:
+        """Say what to do. Raises CommError when the rank is gone."""
+        self._last_s = time.monotonic()
+        try:
+            self._channel.send(call)
+        except Closed as error:
+            raise self._is_gone(error) from error
+
+    def take(self) -> Ready | Reply | None:
+        """Read one message, which is there; None: it was a sign of life. Raises CommError."""
+        self._last_s = time.monotonic()
+        try:
+            message = self._channel.receive(DEAD_AFTER_S)
+        except Closed as error:
+            raise self._is_gone(error) from error
+        except TimeoutError as error:
+            raise self._is_frozen() from error
+        if isinstance(message, Beat):
+            return None
+        if not isinstance(message, Ready | Reply):
+            raise CommError(f"rank {self.rank} said {type(message).__name__}, no reply")
+        return message
+
+    def check(self) -> None:
+        """Raise CommError where there was no sign of life for too long."""
+        if time.monotonic() - self._last_s > DEAD_AFTER_S:
+            raise self._is_frozen()
+
+    def fileno(self) -> int:
+        return self._channel.fileno()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _is_gone(self, error: Closed) -> CommError:
+        return CommError(f"rank {self.rank} is gone: {error}")
+
+    def _is_frozen(self) -> CommError:
+        return CommError(f"rank {self.rank} has given no sign of life for {DEAD_AFTER_S:.0f} s")
+
+
+Link = LocalLink | RemoteLink
+
+
+def finish_all(links: Sequence[Link]) -> list[Reply]:
+    """Wait for the replies to what all were told, in the order of `links`.
+
+    Raises CommError as soon as a rank is gone, frozen, or of another mind than the others; of the
+    one that is to blame, where that is known.
+    """
+    replies: dict[int, Reply] = {}
+    complaint: CommError | None = None
+    for link in links:
+        if isinstance(link, LocalLink):
+            try:
+                replies[link.rank] = link.finish()
+            except CommError as error:
+                complaint = error
+    pending = [link for link in links if isinstance(link, RemoteLink)]
+    end_s = time.monotonic() + _CAUSE_S
+    while pending:
+        if complaint is not None and time.monotonic() > end_s:
+            break
+        there, _, _ = select.select(pending, [], [], _CAUSE_S)
+        for link in there:
+            reply = link.take()
+            if isinstance(reply, Reply):
+                pending.remove(link)
+                replies[link.rank] = reply
+                if complaint is None:
+                    complaint = _complaint(link.rank, reply)
+                    end_s = time.monotonic() + _CAUSE_S
+        for link in pending:
+            link.check()
+    if complaint is not None:
+        raise complaint
+    return [replies[link.rank] for link in links]
+
+
+def wait_until_ready(links: Sequence[RemoteLink]) -> None:
+    """Return when all ranks have loaded their part. Raises what one of them failed of."""
+    pending = list(links)
+    while pending:
+        there, _, _ = select.select(pending, [], [], _CAUSE_S)
+        for link in there:
+            message = link.take()
+            if isinstance(message, Reply) and message.failure is not None:
+                raise message.failure.error()
+            if isinstance(message, Ready):
+                link.ready = message
+                pending.remove(link)
+        for link in pending:
+            link.check()
+
+
+def _complaint(rank: int, reply: Reply) -> CommError | None:
+    """Return what a rank has to say of the others, if it does."""
+    failure = reply.failure
+    if failure is None or failure.kind != CommError.__name__:
+        return None
+    return CommError(f"rank {rank}: {failure.message}")

@@ -1,0 +1,135 @@
+"""What a coordinator and a rank say to each other, and errors that travel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from moe_serve import errors
+from moe_serve.engine.engine import EngineStats
+from moe_serve.errors import CommError, MoeServeError
+from moe_serve.types import Request, StepOutput
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """An error as it travels: its class's name in `moe_serve.errors`, and what it says."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        if isinstance(error, MoeServeError):
+            return cls(type(error).__name__, str(error))
+        return cls(CommError.__name__, f"{type(error).__name__}: {error}")
+
+    def error(self, prefix: str = "") -> MoeServeError:
+        """Return the error to raise."""
+        kind = getattr(errors, self.kind, None)
+        if not isinstance(kind, type) or not issubclass(kind, MoeServeError):
+            kind = CommError
+        return kind(prefix + self.message)
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    index: int
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """Take part in a step: all ranks are told."""
+
+
+class Place(msgspec.Struct, frozen=True, tag=True):
+    """Begin to take a placement over. placement: as placement.json; bytes_per_step: that travel."""
+
+    placement: dict[str, Any]
+    bytes_per_step: int
+
+
+class Resize(msgspec.Struct, frozen=True, tag=True):
+    slots_per_layer: int
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """Say what was counted."""
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """A run has ended: a script that runs on all ranks goes on. There is no reply."""
+
+
+class Close(msgspec.Struct, frozen=True, tag=True):
+    """End: write what was asked for. The reply is the last one."""
+
+
+Call = Add | Abort | Stop | Step | Place | Resize | Stats | Release | Close
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """The first message of a rank. token: that it was given, so that nobody else connects."""
+
+    rank: int
+    token: str
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """Sent every second while a call, or the loading, is under way."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """A rank has loaded its part, and waits for calls."""
+
+    max_model_len: int
+    numerics_id: str
+    about: str
+
+
+class RankStats(msgspec.Struct, frozen=True):
+    """One rank's counts since its start; sizes in bytes.
+
+    num_tokens: given to its own requests. epoch: how often a layer of experts was placed anew;
+    experts_moved, bytes_moved: for that, on all ranks together.
+    """
+
+    stats: EngineStats
+    num_threads: int
+    peak_rss_bytes: int
+    num_steps: int
+    num_tokens: int
+    num_collectives: int
+    bytes_sent: int
+    epoch: int
+    experts_moved: int
+    bytes_moved: int
+
+    def to_json(self) -> dict[str, Any]:
+        told: dict[str, Any] = msgspec.to_builtins(self)
+        return {**told.pop("stats"), **told}
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    """What came of a call.
+
+    is_true: of Abort and Stop. is_moving: experts travel with the next steps. failure: instead of
+    anything else.
+    """
+
+    outputs: tuple[StepOutput, ...] = ()
+    is_true: bool = False
+    has_unfinished: bool = False
+    is_moving: bool = False
+    stats: RankStats | None = None
+    failure: Failure | None = None
+
+
+FromRank = Hello | Beat | Ready | Reply

@@ -1,0 +1,120 @@
+"""The engine that options and environment ask for: one process, ranks of our own, or torchrun's."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_serve.config import EngineConfig
+from moe_serve.engine.build import build_engine
+from moe_serve.engine.engine import Engine
+from moe_serve.engine.expert_parts import model_id_of
+from moe_serve.engine.ranks import share_of
+from moe_serve.errors import CommError, ConfigError
+from moe_serve.experts.placement.base import Mesh
+from moe_serve.launch.channel import Channel
+from moe_serve.launch.coordinator import RankedEngine
+from moe_serve.launch.environment import RankEnvironment, read_environment
+from moe_serve.launch.links import LocalLink, RemoteLink, wait_until_ready
+from moe_serve.launch.messages import Call, FromRank, Hello
+from moe_serve.launch.rank import open_worker
+from moe_serve.launch.rendezvous import JOIN_S, Rendezvous
+from moe_serve.launch.supervisor import Supervisor, said_hello
+from moe_serve.launch.worker import Follower, Heart, tell_failure
+from moe_serve.models.hf_config import HFConfig
+from moe_serve.models.registry import read_spec
+
+Progress = Callable[[int, int], None] | None
+
+
+def open_engine(
+    config: EngineConfig, model: Path, on_progress: Progress = None
+) -> Engine | RankedEngine | Follower:
+    """Load the model in the folder `model`, here or over ranks.
+
+    Under torchrun every rank calls this: rank 0 gets the engine, the others what follows it. Raises
+    as `build_engine` does, and CommError where ranks do not come together or are not alike.
+    """
+    environment = read_environment()
+    wanted = config.ranks.ep_size
+    if environment is not None and environment.world_size > 1:
+        if wanted not in (None, environment.world_size):
+            raise ConfigError(
+                f"ep_size is {wanted}, but torchrun has started {environment.world_size} ranks; "
+                "leave it out"
+            )
+        return _of_torchrun(config, model, environment)
+    if wanted is not None and wanted > 1:
+        spec = read_spec(HFConfig.read(model))
+        mesh = Mesh(num_ranks=wanted, ranks_per_node=wanted)
+        share_of(config.ranks, spec, mesh, 0, model_id_of(config, model))  # refused before a start
+        supervisor = Supervisor(config, model, wanted)
+        return RankedEngine(config, spec, supervisor.links(), supervisor.end)
+    return build_engine(config, model, on_progress=on_progress)
+
+
+def _of_torchrun(
+    config: EngineConfig, model: Path, environment: RankEnvironment
+) -> RankedEngine | Follower:
+    rendezvous = Rendezvous.join(environment)
+    if environment.rank > 0:
+        channel = _connected(rendezvous)
+        heart = Heart(channel)
+        try:
+            return Follower(open_worker(config, model, rendezvous), channel, heart)
+        except BaseException as error:
+            tell_failure(channel, error)
+            raise
+    links = _listening(rendezvous)
+    try:
+        local = LocalLink(open_worker(config, model, rendezvous))
+        wait_until_ready(links)
+    except BaseException:
+        for link in links:
+            link.close()
+        raise
+    spec = read_spec(HFConfig.read(model))
+    return RankedEngine(config, spec, [local, *links], lambda error: None)
+
+
+def _listening(rendezvous: Rendezvous) -> list[RemoteLink]:
+    """Let the other ranks connect to this one, rank 0."""
+    environment = rendezvous.environment
+    token = secrets.token_hex(16)
+    family = socket.AF_INET6 if ":" in environment.master_host else socket.AF_INET
+    links: dict[int, RemoteLink] = {}
+    with socket.socket(family) as listener:
+        listener.bind(("", 0))
+        listener.listen(environment.world_size)
+        listener.settimeout(JOIN_S)
+        rendezvous.tell("coordinator", f"{listener.getsockname()[1]} {token}")
+        while len(links) < environment.world_size - 1:
+            try:
+                connection = listener.accept()[0]
+            except TimeoutError as error:
+                missing = sorted(set(range(1, environment.world_size)) - set(links))
+                raise CommError(f"ranks {missing} have not come after {JOIN_S:.0f} s") from error
+            channel: Channel[FromRank] = Channel(connection, FromRank)
+            rank = said_hello(channel, token)
+            if rank is not None:
+                links[rank] = RemoteLink(rank, channel)
+    return [links[rank] for rank in sorted(links)]
+
+
+def _connected(rendezvous: Rendezvous) -> Channel[Call]:
+    """Connect to rank 0."""
+    environment = rendezvous.environment
+    port, _, token = rendezvous.told("coordinator").partition(" ")
+    try:
+        connection = socket.create_connection((environment.master_host, int(port)), JOIN_S)
+    except OSError as error:
+        raise CommError(
+            f"rank {environment.rank} cannot reach rank 0 at {environment.master_host}:{port} "
+            f"({error.strerror or error})"
+        ) from error
+    connection.settimeout(None)
+    channel: Channel[Call] = Channel(connection, Call)
+    channel.send(Hello(environment.rank, token))
+    return channel

@@ -1,0 +1,82 @@
+"""`python -m moe_serve.launch.rank FOLDER`: one rank of a world that a supervisor has started.
+
+The environment has its place, as torchrun would give it; FOLDER has the options and the socket of
+the coordinator.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from moe_serve.config import EngineConfig
+from moe_serve.engine.build import build_engine
+from moe_serve.engine.lockstep import LockstepEngine
+from moe_serve.errors import ConfigError, MoeServeError
+from moe_serve.launch.channel import Channel
+from moe_serve.launch.environment import read_environment
+from moe_serve.launch.messages import Call, Hello
+from moe_serve.launch.rendezvous import Rendezvous
+from moe_serve.launch.worker import Follower, Heart, RankWorker, tell_failure
+
+OPTIONS_FILE = "options.json"
+SOCKET_FILE = "coordinator.sock"
+
+
+def main(folder: Path) -> int:
+    """Load this rank's part and do what the coordinator says; return the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator says when it is over
+    environment = read_environment()
+    if environment is None:
+        raise ConfigError("no RANK and WORLD_SIZE in the environment; this is started by moe-serve")
+    logging.basicConfig(
+        level=logging.WARNING if environment.rank == 0 else logging.ERROR,
+        format=f"moe-serve: rank {environment.rank}: %(levelname)s: %(message)s",
+    )
+    given = json.loads((folder / OPTIONS_FILE).read_text())
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(folder / SOCKET_FILE))
+    channel: Channel[Call] = Channel(connection, Call)
+    channel.send(Hello(environment.rank, given["token"]))
+    heart = Heart(channel)
+    try:
+        config = EngineConfig.from_options(given["options"])
+        worker = open_worker(config, Path(given["model"]), Rendezvous.join(environment))
+        follower = Follower(worker, channel, heart)
+    except BaseException as error:
+        tell_failure(channel, error)
+        if isinstance(error, MoeServeError):
+            return error.exit_code
+        raise
+    try:
+        follower.follow(until_close=True)
+    except MoeServeError as error:
+        return error.exit_code
+    return 0
+
+
+def open_worker(config: EngineConfig, model: Path, rendezvous: Rendezvous) -> RankWorker:
+    """Load this rank's part of the model in the folder `model`. Every rank must call it.
+
+    Raises what any rank refuses, on all of them.
+    """
+    try:
+        ranks = rendezvous.ranks()
+        engine = build_engine(config, model, ranks=ranks)
+    except MoeServeError as error:
+        rendezvous.refuse(error)
+        raise
+    assert isinstance(engine, LockstepEngine)
+    mesh = ranks.mesh
+    nodes = "1 node" if mesh.num_nodes == 1 else f"{mesh.num_nodes} nodes"
+    return RankWorker(
+        engine, ranks.world, f"{mesh.num_ranks} ranks on {nodes}, {engine.about_ranks}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

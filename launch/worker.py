@@ -1,0 +1,170 @@
+"""One rank at work: carries out what the coordinator says, with its engine."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import threading
+import time
+
+import torch
+
+from moe_serve.comm._world import World
+from moe_serve.engine.lockstep import LockstepEngine
+from moe_serve.errors import CommError, MoeServeError
+from moe_serve.experts.placement_file import placement_from
+from moe_serve.launch.channel import Channel, Closed
+from moe_serve.launch.messages import (
+    Abort,
+    Add,
+    Beat,
+    Call,
+    Close,
+    Failure,
+    Place,
+    RankStats,
+    Ready,
+    Release,
+    Reply,
+    Resize,
+    Stats,
+    Step,
+    Stop,
+)
+from moe_serve.types import StepOutput
+
+BEAT_S = 1.0
+
+
+class RankWorker:
+    """An engine that is one of several, and what it is told to do."""
+
+    def __init__(self, engine: LockstepEngine, world: World, about: str) -> None:
+        self.engine = engine
+        self._world = world
+        self._about = about
+        self._num_steps = self._num_tokens = 0
+
+    def ready(self) -> Ready:
+        engine = self.engine
+        return Ready(engine.max_model_len, engine.numerics_id, self._about)
+
+    def do(self, call: Call) -> Reply:
+        """Carry out one call. What is wrong with it alone comes back as the reply's failure.
+
+        Raises CommError where the ranks are no longer of one mind.
+        """
+        engine = self.engine
+        try:
+            match call:
+                case Add(request=request):
+                    engine.add(request)
+                case Abort(request_id=request_id):
+                    return self._reply(is_true=engine.abort(request_id))
+                case Stop(request_id=request_id, index=index):
+                    return self._reply(is_true=engine.stop(request_id, index))
+                case Step():
+                    outputs = engine.step()
+                    self._num_steps += 1
+                    self._num_tokens += sum(len(output.token_ids) for output in outputs)
+                    return self._reply(tuple(outputs))
+                case Place(placement=placement, bytes_per_step=bytes_per_step):
+                    engine.place(placement_from(placement), bytes_per_step)
+                case Resize(slots_per_layer=slots_per_layer):
+                    engine.resize_expert_cache(slots_per_layer)
+                case Stats():
+                    return self._reply(stats=self._stats())
+                case Close():
+                    engine.close()
+                case Release():
+                    pass
+        except CommError:
+            raise
+        except MoeServeError as error:
+            return self._reply(failure=Failure.of(error))
+        return self._reply()
+
+    def _reply(
+        self,
+        outputs: tuple[StepOutput, ...] = (),
+        is_true: bool = False,
+        stats: RankStats | None = None,
+        failure: Failure | None = None,
+    ) -> Reply:
+        engine = self.engine
+        return Reply(outputs, is_true, engine.has_unfinished, engine.is_moving, stats, failure)
+
+    def _stats(self) -> RankStats:
+        return RankStats(
+            stats=self.engine.stats(),
+            num_threads=torch.get_num_threads(),
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            num_steps=self._num_steps,
+            num_tokens=self._num_tokens,
+            num_collectives=self._world.num_collectives,
+            bytes_sent=self._world.bytes_sent,
+            epoch=self.engine.epoch,
+            experts_moved=self.engine.num_moved,
+            bytes_moved=self.engine.bytes_moved,
+        )
+
+
+class Heart:
+    """Sends a sign of life every second while its rank is busy, from a thread of its own."""
+
+    def __init__(self, channel: Channel[Call]) -> None:
+        self.is_busy = True
+        self._channel = channel
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            if self.is_busy:
+                try:
+                    self._channel.send(Beat())
+                except CommError:
+                    return
+
+
+class Follower:
+    """The end of a rank that is told what to do by a coordinator in another process."""
+
+    def __init__(self, worker: RankWorker, channel: Channel[Call], heart: Heart) -> None:
+        self.worker = worker
+        self._channel = channel
+        self._heart = heart
+        self.is_closed = False
+        heart.is_busy = False
+        channel.send(worker.ready())
+
+    def follow(self, until_close: bool = False) -> None:
+        """Do what is said until a run has ended, or, `until_close`, until all has.
+
+        Raises CommError where ranks fail each other; a coordinator that is gone is the end.
+        """
+        while not self.is_closed:
+            try:
+                call = self._channel.receive()
+                if isinstance(call, Release):
+                    if until_close:
+                        continue
+                    return
+                self._heart.is_busy = True
+                reply = self.worker.do(call)
+                self._heart.is_busy = False
+                self._channel.send(reply)
+                self.is_closed = isinstance(call, Close)
+            except Closed:
+                self.is_closed = True
+                self.worker.engine.close()
+            except BaseException as error:
+                self.is_closed = True
+                tell_failure(self._channel, error)
+                raise
+
+
+def tell_failure(channel: Channel[Call], error: BaseException) -> None:
+    """Let the coordinator know why this rank ends, if it still listens."""
+    with contextlib.suppress(CommError):
+        channel.send(Reply(failure=Failure.of(error)))

@@ -1,0 +1,401 @@
+"""Ranks: the bits of one process, however a model is spread; and faults that end soon."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_serve.errors import CapacityError, CommError, ConfigError
+from moe_serve.hub import resolve_model
+from moe_serve.launch import links
+from moe_serve.llm import LLM
+from moe_serve.types import SamplingParams
+from tests.rank_cases import outputs_of
+
+OPTIONS: dict[str, Any] = {
+    "num_kv_blocks": 256,
+    "max_model_len": 128,
+    "enable_prefix_caching": True,
+}
+EXACT = ("per_expert", "dedup", "all_gather", "static", "auto")
+NUM_LAYERS, NUM_EXPERTS, TOP_K = 6, 32, 4
+RECORD_BYTES = 3 * 256 * 64 * 2
+
+
+def environment(rank: int, size: int, port: int, here: int | None = None) -> dict[str, str]:
+    """Return what torchrun would tell a rank; here: ranks on its node."""
+    here = here or size
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank % here),
+        "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(size: int, command: list[str], here: int | None = None) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=environment(rank, size, port, here),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finished(
+    processes: list[subprocess.Popen[str]], limit_s: float = 300
+) -> list[tuple[int, str, str]]:
+    """Return code, stdout and stderr of each; none outlives the test."""
+    try:
+        told = [process.communicate(timeout=limit_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, out, err) for process, (out, err) in zip(processes, told, strict=True)
+    ]
+
+
+@functools.cache
+def expected(count: int = 10) -> dict[str, Any]:
+    """Return prompts, and what one process makes of them."""
+    chance = random.Random(1)
+    prompts = [
+        [chance.randrange(2, 6000) for _ in range(chance.randint(1, 40))] for _ in range(count)
+    ]
+    params = [
+        {
+            "max_tokens": chance.randint(1, 12),
+            "temperature": chance.choice((0.0, 0.9)),
+            "seed": index,
+            "logprobs": 2,
+            "ignore_eos": True,
+            "n": 2 if index == 3 else 1,
+        }
+        for index in range(count)
+    ]
+    with LLM(**OPTIONS, threads=1) as llm:
+        outputs = outputs_of(llm, prompts, params)
+    return {
+        "prompts": prompts,
+        "params": params,
+        "outputs": outputs,
+        "options": OPTIONS,
+        "num_layers": NUM_LAYERS,
+        "num_experts": NUM_EXPERTS,
+    }
+
+
+def run_cases(folder: Path, size: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run cases on `size` ranks, one after the other; return what rank 0 tells of each."""
+    path = folder / f"cases-{size}.json"
+    path.write_text(json.dumps({"expected": expected(), "cases": cases}))
+    results = finished(start(size, ["tests.rank_cases", str(path)]))
+    for code, _, err in results:
+        assert code == 0, err
+    assert all(not out for _, out, _ in results[1:])
+    told: list[dict[str, Any]] = json.loads(results[0][1])
+    assert len(told) == len(cases)
+    return told
+
+
+def case(seed: int = 0, **options: Any) -> dict[str, Any]:
+    return {"seed": seed, "options": options}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_bits_are_those_of_one_process(size: int, tmp_path: Path) -> None:
+    cases = [case(dispatcher=name) for name in EXACT]
+    cases += [case(placement="round_robin"), case(fused=False, max_num_seqs=2)]
+    # one prompt: all ranks but one have no token, each in its turn
+    cases += [{**case(seed), "num_prompts": 1, "num_rounds": 3} for seed in range(2)]
+    cases[-1] |= {"bytes_per_step": 5 * RECORD_BYTES, "num_rounds": 12}
+    moved = {**case(size, dispatcher="dedup"), "num_rounds": 8, "bytes_per_step": 60 * RECORD_BYTES}
+    cases[-2]["bytes_per_step"] = 10**9
+    store = str(tmp_path / "store")
+    for slots in (NUM_EXPERTS // size // 2, TOP_K):
+        held = case(expert_store=store, expert_cache_slots=slots, prefetch="on")
+        cases.append({**held, "num_rounds": 3, "bytes_per_step": 10**9})
+    told = run_cases(tmp_path, size, [*cases, moved])
+    assert all(len(one["ranks"]) == size for one in told)
+    for one in told:
+        assert all(rank["bytes_sent"] > 0 for rank in one["ranks"])
+        counts = [(rank["num_steps"], rank["num_collectives"], rank["epoch"], rank["bytes_moved"])
+                  for rank in one["ranks"]]  # fmt: skip
+        assert len(set(counts)) == 1, counts
+    assert [one["ranks"][0]["epoch"] for one in told[:7]] == [0] * 7
+    in_memory, cached = [*told[7:9], told[-1]], told[9:11]
+    assert all(one["ranks"][0]["experts_moved"] > 30 for one in in_memory)
+    assert all(one["ranks"][0]["epoch"] >= NUM_LAYERS for one in told[7:])
+    assert not any(one["ranks"][0]["experts_moved"] for one in cached)
+    for one in cached:
+        assert all(rank["experts"]["total"]["misses"] > 0 for rank in one["ranks"])
+
+
+def test_nan_in_an_expert_ends_only_what_used_it(tmp_path: Path) -> None:
+    for expert in (3, 30):
+        run_cases(tmp_path, 2, [{**case(), "poison": [4, expert]}])
+
+
+def test_a_rank_holds_its_share_and_sends_what_it_says(tmp_path: Path) -> None:
+    """Memory of the process, and bytes on the loopback device, against what is reported."""
+    config = {
+        "model_type": "qwen3_moe", "vocab_size": 2048, "hidden_size": 1024, "head_dim": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "rms_norm_eps": 1e-6, "max_position_embeddings": 1024,
+    }  # fmt: skip
+    prompts = [[token % 2000 for token in range(first, first + 300)] for first in range(3)]
+    peaks, held = [], []
+    for size in (8, 768):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**config, "moe_intermediate_size": size}))
+        options = {**OPTIONS, "max_model_len": 512, "dtype": "bfloat16", "dispatcher": "dedup"}
+        with LLM(str(tmp_path), ep_size=3, load_format="dummy", **options) as llm:
+            before, sent_before = loopback_bytes(), llm.engine.stats().ranks
+            llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
+            sent = loopback_bytes() - before
+            ranks = llm.engine.stats().ranks
+        told = sum(r["bytes_sent"] for r in ranks) - sum(r["bytes_sent"] for r in sent_before)
+        assert 0.9 < sent / told < 1.1
+        peaks.append([rank["peak_rss_bytes"] for rank in ranks])
+        held.append([rank["model_bytes"] for rank in ranks])
+    for rank in range(3):
+        # the dense part is the same in both; a share is a third of the experts, rounded up or down
+        share = held[1][rank] - held[0][rank]
+        experts = 4 * (11, 11, 10)[rank] * 3 * 1024 * 2 * (768 - 8)
+        assert abs(share / experts - 1) < 0.02
+        assert abs((peaks[1][rank] - peaks[0][rank]) / share - 1) < 0.15
+
+
+def loopback_bytes() -> int:
+    """Return how many bytes went over the loopback device since the machine started."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counts = line.strip().partition(":")
+        if name == "lo":
+            return int(counts.split()[0])
+    raise AssertionError("no loopback device")
+
+
+def generate_command(*flags: str) -> list[str]:
+    return ["moe_serve", "generate", "Once upon a time", "--max-tokens", "4", *flags]
+
+
+def refused(size: int, commands: list[list[str]], limit_s: float = 10) -> list[tuple[int, str]]:
+    """Start rank r with command r; return each one's code and last line; all must end in time."""
+    port = free_port()
+    begun_s = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=environment(rank, size, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    results = finished(processes)
+    assert time.monotonic() - begun_s < limit_s
+    return [(code, err.strip().splitlines()[-1]) for code, _, err in results]
+
+
+def test_ranks_with_other_options_are_refused_on_all() -> None:
+    told = refused(
+        3, [generate_command(), generate_command(), generate_command("--block-size", "8")]
+    )
+    assert len(set(told)) == 1, told
+    code, line = told[0]
+    assert code == 3
+    assert "ranks 0 and 2 were given different options: block_size 16 and 8" in line
+
+
+def test_ranks_with_other_numerics_or_weights_are_refused_on_all(tmp_path: Path) -> None:
+    told = refused(2, [generate_command(), generate_command("--kernels", "reference")])
+    assert len(set(told)) == 1, told
+    assert "differ in numerics_id" in told[0][1] or "different options: kernels" in told[0][1]
+    original = Path(resolve_model("demo-moe", None))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        shutil.copytree(original, folder)
+    weights = next(folders[1].glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-200_000:] = bytes(200_000)  # others' weights: another checkpoint of the same shapes
+    weights.write_bytes(data)
+    # the folder is an option, too: the same path on both, as on two hosts
+    os.symlink(folders[0], tmp_path / "model")
+    command = generate_command("--model", str(tmp_path / "model"))
+    script = tmp_path / "on_other_host.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "from moe_serve import hub, cli\n"
+        "import moe_serve.llm as llm\n"
+        f"llm.resolve_model = lambda name, revision: pathlib.Path({str(folders[1])!r})\n"
+        "sys.argv = ['moe-serve', *sys.argv[1:]]\n"
+        "cli.main()\n"
+    )
+    port = free_port()
+    commands = [["-m", *command], [str(script), *command[1:]]]
+    results = finished(
+        [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=environment(rank, 2, port),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, command in enumerate(commands)
+        ]
+    )
+    lines = [err.strip().splitlines()[-1] for _, _, err in results]
+    assert [code for code, _, _ in results] == [3, 3], results
+    assert lines[0] == lines[1]
+    assert "ranks 0 and 1 differ in model" in lines[0]
+
+
+def test_a_port_in_use_is_said() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        rank = environment(0, 2, port)
+        result = subprocess.run(
+            [sys.executable, "-m", *generate_command()],
+            env=rank, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+    assert result.returncode == 3
+    assert f"127.0.0.1:{port}" in result.stderr
+    assert "in use" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"ep_size": 33}, CapacityError, "33 ranks for 32 experts"),
+        ({"ep_size": 2, "dispatcher": "local"}, ConfigError, "for one process"),
+        ({"ep_size": 2, "dispatcher": "dedupe"}, ConfigError, "did you mean 'dedup'"),
+        ({"ep_size": 2, "placement": "nowhere.json"}, ConfigError, "nowhere.json"),
+        ({"ep_size": 2, "emulate_link": 4.0, "expert_cache_slots": 8}, ConfigError, "one process"),
+        ({"ep_size": 2, "expert_cache_slots": 2}, CapacityError, "expert_cache_slots 4"),
+        ({"ep_size": 2, "num_kv_blocks": 2**30}, CapacityError, "num_kv_blocks"),
+    ],
+)
+def test_what_ranks_cannot_have(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        LLM(**options)
+    assert not children()
+
+
+def children() -> list[str]:
+    """Return the command lines of processes that this one has started and not waited for."""
+    path = Path(f"/proc/self/task/{os.getpid()}/children")
+    return path.read_text().split()
+
+
+def placement_json(**changes: Any) -> dict[str, Any]:
+    layers = [[[expert % 2] for expert in range(NUM_EXPERTS)] for _ in range(NUM_LAYERS)]
+    plain = {
+        "schema": 1, "model_id": None, "num_layers": NUM_LAYERS, "num_experts": NUM_EXPERTS,
+        "num_ranks": 2, "ranks_per_node": 2, "strategy": "given", "layers": layers,
+    }  # fmt: skip
+    return {**plain, **changes}
+
+
+def test_placements_of_others_are_refused(tmp_path: Path) -> None:
+    layers = placement_json()["layers"]
+    broken: dict[str, dict[str, Any]] = {
+        "no rank": placement_json(layers=[[[], *layers[0][1:]], *layers[1:]]),
+        "twice": placement_json(layers=[[[1, 1], *layers[0][1:]], *layers[1:]]),
+        "another model": placement_json(model_id="0123456789abcdef"),
+        "3 ranks": placement_json(num_ranks=3, ranks_per_node=3),
+        "5 layers": placement_json(num_layers=5, layers=layers[:5]),
+    }
+    for text, placement in broken.items():
+        path = tmp_path / "placement.json"
+        path.write_text(json.dumps(placement))
+        with pytest.raises(ConfigError, match=text):
+            LLM(ep_size=2, placement=str(path), **OPTIONS)
+    path.write_text(json.dumps(placement_json()))
+    with LLM(ep_size=2, placement=str(path), **OPTIONS) as llm:
+        assert outputs_of(llm, expected()["prompts"], expected()["params"]) == expected()["outputs"]
+
+
+def rank_processes() -> list[int]:
+    """Return the ranks that this process has started, by rank."""
+    found = {}
+    for child in children():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found[int(next(v for v in variables if v.startswith(b"RANK=")).partition(b"=")[2])] = child
+    return [int(found[rank]) for rank in sorted(found)]
+
+
+def test_a_rank_that_is_killed_ends_all_at_once() -> None:
+    with LLM(ep_size=3, **OPTIONS) as llm:
+        stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
+        next(stream)
+        os.kill(rank_processes()[1], signal.SIGKILL)
+        begun_s = time.monotonic()
+        with pytest.raises(CommError, match="rank 1 is gone"):
+            for _ in stream:
+                pass
+        assert time.monotonic() - begun_s < 2
+        assert not children()
+        with pytest.raises(CommError, match="have ended: rank 1 is gone"):
+            llm.generate([[1, 2]], use_tqdm=False)
+
+
+def test_a_rank_that_is_killed_ends_the_others_without_a_supervisor() -> None:
+    command = generate_command("--max-tokens", "120", "--ignore-eos")
+    processes = start(3, [*command, "Once", "There", "--json"])
+    time.sleep(4.5)
+    processes[2].kill()
+    begun_s = time.monotonic()
+    results = finished(processes)
+    if results[0][0] == 0:
+        pytest.skip("all was over before the kill")
+    assert time.monotonic() - begun_s < 5
+    assert [code for code, _, _ in results[:2]] == [3, 3], results
+    assert "rank 2 is gone" in results[0][2]
+
+
+def test_a_rank_that_is_frozen_is_declared_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "DEAD_AFTER_S", 2.5)
+    with LLM(ep_size=2, **OPTIONS) as llm:
+        stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
+        next(stream)
+        os.kill(rank_processes()[1], signal.SIGSTOP)
+        begun_s = time.monotonic()
+        with pytest.raises(CommError, match="rank 1 has given no sign of life"):
+            for _ in stream:
+                pass
+        assert time.monotonic() - begun_s < 6
+        assert not children()
