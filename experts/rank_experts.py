@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from moe_serve.comm.base import Inbox
 from moe_serve.errors import CommError, MoeServeError
 from moe_serve.experts.executor import ResidentExperts
 from moe_serve.experts.offload import OffloadedExperts
+from moe_serve.experts.recent_routing import RecentRouting
 from moe_serve.kernels.forward.base import Watcher
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.types import ForwardBatch, Routing
@@ -33,15 +34,26 @@ class RankExperts:
     stands before a store, which has all, none needs to travel.
     """
 
-    def __init__(self, inner: ResidentExperts | OffloadedExperts) -> None:
+    def __init__(self, inner: ResidentExperts | OffloadedExperts, is_noting: bool = False) -> None:
+        """is_noting: keep what the latest tokens used."""
         self.inner = inner
+        self.recent = RecentRouting(sorted(inner.layers)) if is_noting else None
         self.layers: dict[int, ExpertTable] = inner.layers
         self._index = {layer: index for index, layer in enumerate(sorted(inner.layers))}
 
-    def step(self, batch: ForwardBatch) -> AbstractContextManager[Watcher | None]:
-        return self.inner.step(batch)
+    @contextmanager
+    def step(self, batch: ForwardBatch) -> Iterator[Watcher | None]:
+        is_recent = self.recent is not None and batch.num_seqs > 0
+        if self.recent is not None and is_recent:
+            self.recent.begin(batch.token_ids)
+        with self.inner.step(batch) as watcher:
+            yield watcher
+        if self.recent is not None and is_recent:
+            self.recent.end()
 
     def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
+        if self.recent is not None:
+            self.recent.note(layer, routing)
         try:
             return self.inner.run(layer, inbox, routing, residual)
         except (RuntimeError, MemoryError, ArithmeticError, MoeServeError) as error:

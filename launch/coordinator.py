@@ -12,9 +12,10 @@ from typing import Any
 
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import EngineStats
-from moe_serve.errors import CommError
+from moe_serve.errors import CommError, MoeServeError
 from moe_serve.experts.placement.base import Placement
-from moe_serve.experts.placement_file import as_json
+from moe_serve.experts.placement_file import as_json, placement_from
+from moe_serve.launch.homes import Homes
 from moe_serve.launch.links import Link, finish_all
 from moe_serve.launch.messages import (
     Abort,
@@ -29,12 +30,16 @@ from moe_serve.launch.messages import (
     Stats,
     Step,
     Stop,
+    TakeRouting,
 )
+from moe_serve.launch.rebalancer import Rebalancer
 from moe_serve.models.spec import ModelSpec
 from moe_serve.types import Request, StepOutput
 
 # of experts that travel in one step, on all ranks together
 BYTES_PER_STEP = 4 * 2**20
+# steps between two looks at what tokens used, for homes by affinity
+_LEARN_EVERY = 16
 
 
 @dataclass(slots=True)
@@ -65,7 +70,6 @@ class RankedEngine:
         self._links = links
         self._on_end = on_end
         self._live: dict[str, _Live] = {}
-        self._loads = [0] * len(links)
         self._is_unfinished = [False] * len(links)
         self.is_moving = False
         self._failure: str | None = None
@@ -74,6 +78,15 @@ class RankedEngine:
         self.max_model_len = min(link.ready.max_model_len for link in links)
         self.numerics_id = first.numerics_id
         self.about = first.about
+        placement = None if first.placement is None else placement_from(first.placement)
+        options = config.ranks
+        self._rebalancer: Rebalancer | None = None
+        if placement is not None and options.rebalance is not None:
+            self._rebalancer = Rebalancer(options, placement)
+        by_affinity = options.home == "affinity"
+        self._homes = Homes(len(links), spec.vocab_size, placement if by_affinity else None)
+        self._is_learning = placement is not None and by_affinity
+        self._num_steps = 0
         self._stats = self._gathered()
 
     @property
@@ -86,14 +99,17 @@ class RankedEngine:
         An output that takes its prompt's blocks from another one runs where that one does, so all n
         outputs of a request have one home.
         """
-        home = min(range(len(self._links)), key=lambda rank: (self._loads[rank], rank))
-        self._call(home, Add(request))
         sampling = request.sampling
-        longest = self.max_model_len - len(request.prompt_ids)
+        longest = max(0, self.max_model_len - len(request.prompt_ids))
         new = min(longest, sampling.max_tokens or longest)
         num_tokens = len(request.prompt_ids) + sampling.n * new
+        home = self._homes.choose(request.prompt_ids, num_tokens)
+        try:
+            self._call(home, Add(request))
+        except MoeServeError:
+            self._homes.release(home, num_tokens)
+            raise
         self._live[request.request_id] = _Live(home, num_tokens, set(range(sampling.n)))
-        self._loads[home] += num_tokens
 
     def step(self) -> list[StepOutput]:
         """Let every rank take part in one step; return what all gave. Raises CommError."""
@@ -102,6 +118,7 @@ class RankedEngine:
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.request_id, output.index)
+        self._after_step()
         return outputs
 
     def abort(self, request_id: str) -> bool:
@@ -135,6 +152,9 @@ class RankedEngine:
         for reply in self._call_all(Place(as_json(placement), bytes_per_step)):
             if reply.failure is not None:
                 raise reply.failure.error()
+        self._homes.place(placement)
+        if self._rebalancer is not None:
+            self._rebalancer.present = placement
 
     def resize_expert_cache(self, slots_per_layer: int) -> None:
         """As `Engine.resize_expert_cache`, on every rank."""
@@ -209,6 +229,8 @@ class RankedEngine:
             self._failure = str(error) or type(error).__name__
         for link in self._links:
             link.close()
+        if self._rebalancer is not None:
+            self._rebalancer.close()
         self._on_end(error)
 
     # -- books -------------------------------------------------------------------------------------
@@ -219,8 +241,25 @@ class RankedEngine:
             return
         live.open.discard(index)
         if not live.open:
-            self._loads[live.home] -= live.num_tokens
+            self._homes.release(live.home, live.num_tokens)
             del self._live[request_id]
+
+    def _after_step(self) -> None:
+        """Learn from what tokens used, and let experts move, where that was asked for."""
+        self._num_steps += 1
+        rebalancer = self._rebalancer
+        is_due = rebalancer is not None and rebalancer.is_due() and not self.is_moving
+        if is_due or (self._is_learning and self._num_steps % _LEARN_EVERY == 0):
+            used = [reply.used.arrays() for reply in self._call_all(TakeRouting()) if reply.used]
+            if self._is_learning:
+                for token_ids, experts in used:
+                    self._homes.learn(token_ids, experts)
+            if rebalancer is not None and not self.is_moving:
+                rebalancer.consider([experts for _, experts in used])
+        if rebalancer is not None and not self.is_moving:
+            placement = rebalancer.found()
+            if placement is not None:
+                self.place(placement)
 
     def _gathered(self) -> EngineStats:
         found: list[RankStats] = []
@@ -229,6 +268,9 @@ class RankedEngine:
                 raise CommError("a rank gave no statistics")
             found.append(reply.stats)
         stats = [one.stats for one in found]
+        ranks = [{"rank": rank, **one.to_json()} for rank, one in enumerate(found)]
+        if self._rebalancer is not None:
+            ranks[0]["rebalance"] = self._rebalancer.report()
         return EngineStats(
             num_preemptions=sum(one.num_preemptions for one in stats),
             prefix_hit_tokens=sum(one.prefix_hit_tokens for one in stats),
@@ -237,7 +279,7 @@ class RankedEngine:
             model_bytes=sum(one.model_bytes for one in stats),
             kv_bytes=sum(one.kv_bytes for one in stats),
             experts=_together([one.experts for one in stats]),
-            ranks=[{"rank": rank, **one.to_json()} for rank, one in enumerate(found)],
+            ranks=ranks,
         )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from moe_serve import errors
 from moe_serve.engine.engine import EngineStats
 from moe_serve.errors import CommError, MoeServeError
+from moe_serve.experts.placement.base import Array
 from moe_serve.types import Request, StepOutput
 
 
@@ -56,6 +58,10 @@ class Place(msgspec.Struct, frozen=True, tag=True):
     bytes_per_step: int
 
 
+class TakeRouting(msgspec.Struct, frozen=True, tag=True):
+    """Say what tokens used since this was asked last."""
+
+
 class Resize(msgspec.Struct, frozen=True, tag=True):
     slots_per_layer: int
 
@@ -72,7 +78,7 @@ class Close(msgspec.Struct, frozen=True, tag=True):
     """End: write what was asked for. The reply is the last one."""
 
 
-Call = Add | Abort | Stop | Step | Place | Resize | Stats | Release | Close
+Call = Add | Abort | Stop | Step | Place | TakeRouting | Resize | Stats | Release | Close
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -92,6 +98,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_model_len: int
     numerics_id: str
     about: str
+    placement: dict[str, Any] | None
 
 
 class RankStats(msgspec.Struct, frozen=True):
@@ -117,6 +124,23 @@ class RankStats(msgspec.Struct, frozen=True):
         return {**told.pop("stats"), **told}
 
 
+class TokensUsed(msgspec.Struct, frozen=True):
+    """token_ids: int32 [num_tokens]; experts: int16 of `shape` [num_tokens, layers, top_k]."""
+
+    token_ids: bytes
+    experts: bytes
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, token_ids: Array, experts: Array) -> TokensUsed:
+        num_tokens, num_layers, top_k = experts.shape
+        return cls(token_ids.tobytes(), experts.tobytes(), (num_tokens, num_layers, top_k))
+
+    def arrays(self) -> tuple[Array, Array]:
+        experts = np.frombuffer(self.experts, np.int16).reshape(self.shape)
+        return np.frombuffer(self.token_ids, np.int32), experts
+
+
 class Reply(msgspec.Struct, frozen=True, tag=True):
     """What came of a call.
 
@@ -129,6 +153,7 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     has_unfinished: bool = False
     is_moving: bool = False
     stats: RankStats | None = None
+    used: TokensUsed | None = None
     failure: Failure | None = None
 
 

@@ -12,7 +12,7 @@ import torch
 from moe_serve.comm._world import World
 from moe_serve.engine.lockstep import LockstepEngine
 from moe_serve.errors import CommError, MoeServeError
-from moe_serve.experts.placement_file import placement_from
+from moe_serve.experts.placement_file import as_json, placement_from
 from moe_serve.launch.channel import Channel, Closed
 from moe_serve.launch.messages import (
     Abort,
@@ -30,6 +30,8 @@ from moe_serve.launch.messages import (
     Stats,
     Step,
     Stop,
+    TakeRouting,
+    TokensUsed,
 )
 from moe_serve.types import StepOutput
 
@@ -47,7 +49,8 @@ class RankWorker:
 
     def ready(self) -> Ready:
         engine = self.engine
-        return Ready(engine.max_model_len, engine.numerics_id, self._about)
+        placement = None if engine.placement is None else as_json(engine.placement)
+        return Ready(engine.max_model_len, engine.numerics_id, self._about, placement)
 
     def do(self, call: Call) -> Reply:
         """Carry out one call. What is wrong with it alone comes back as the reply's failure.
@@ -70,6 +73,8 @@ class RankWorker:
                     return self._reply(tuple(outputs))
                 case Place(placement=placement, bytes_per_step=bytes_per_step):
                     engine.place(placement_from(placement), bytes_per_step)
+                case TakeRouting():
+                    return self._reply(used=TokensUsed.of(*engine.recent_routing()))
                 case Resize(slots_per_layer=slots_per_layer):
                     engine.resize_expert_cache(slots_per_layer)
                 case Stats():
@@ -89,10 +94,11 @@ class RankWorker:
         outputs: tuple[StepOutput, ...] = (),
         is_true: bool = False,
         stats: RankStats | None = None,
+        used: TokensUsed | None = None,
         failure: Failure | None = None,
     ) -> Reply:
-        engine = self.engine
-        return Reply(outputs, is_true, engine.has_unfinished, engine.is_moving, stats, failure)
+        is_unfinished, is_moving = self.engine.has_unfinished, self.engine.is_moving
+        return Reply(outputs, is_true, is_unfinished, is_moving, stats, used, failure)
 
     def _stats(self) -> RankStats:
         return RankStats(
@@ -141,7 +147,7 @@ class Follower:
     def follow(self, until_close: bool = False) -> None:
         """Do what is said until a run has ended, or, `until_close`, until all has.
 
-        Raises CommError where ranks fail each other; a coordinator that is gone is the end.
+        Raises CommError where ranks fail each other, or the coordinator is gone.
         """
         while not self.is_closed:
             try:
@@ -155,9 +161,10 @@ class Follower:
                 self._heart.is_busy = False
                 self._channel.send(reply)
                 self.is_closed = isinstance(call, Close)
-            except Closed:
+            except Closed as error:
                 self.is_closed = True
                 self.worker.engine.close()
+                raise CommError("rank 0, or what started the ranks, is gone") from error
             except BaseException as error:
                 self.is_closed = True
                 tell_failure(self._channel, error)

@@ -239,9 +239,43 @@ class RanksConfig:
             "package": "moe_serve.comm",
         },
     )
+    home: str = field(
+        default="load",
+        metadata={
+            "help": "Which rank a request runs on: load: the one with the fewest tokens to come; "
+            "affinity: of those hardly busier the one that holds most of what tokens like its "
+            "prompt's have used.",
+            "choices": ("load", "affinity"),
+        },
+    )
+    rebalance: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many steps, see whether experts would be better placed otherwise, "
+            "and move them if so; default: never."
+        },
+    )
+    rebalance_strategy: str = field(
+        default="joint",
+        metadata={
+            "help": "A file in experts/placement, for --rebalance.",
+            "package": "moe_serve.experts.placement",
+        },
+    )
+    rebalance_slots: int | None = field(
+        default=None,
+        metadata={
+            "help": "Experts of a layer on each rank, for --rebalance: more than its share makes "
+            "replicas."
+        },
+    )
 
     def __post_init__(self) -> None:
         _within("ep_size", self.ep_size, 1, MOST_RANKS)
+        _within("rebalance", self.rebalance, 1)
+        _within("rebalance_slots", self.rebalance_slots, 1)
+        if self.rebalance_slots is not None and self.rebalance is None:
+            raise ConfigError("rebalance_slots is for rebalance; give that too, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

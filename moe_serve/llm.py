@@ -538,7 +538,11 @@ def _close_quietly(engine: TokenEngine) -> None:
 
 
 def _follow_to_the_end(follower: Follower) -> None:
-    follower.follow(until_close=True)
+    """Work until rank 0 has ended, at this script's end: there is nobody to raise to."""
+    try:
+        follower.follow(until_close=True)
+    except MoeServeError as error:
+        logger.error("%s", error)
 
 
 def _is_local(name: str) -> bool:

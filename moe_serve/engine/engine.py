@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 class EngineStats:
     """Counts since the engine was built; sizes in bytes. experts: {} where all are held.
 
-    ranks: of each, where there are several; the other counts are then those of all.
+    ranks: of each, where there are several; the other counts are then those of all. The first has
+    what came of looking for better placements.
     """
 
     num_preemptions: int

@@ -17,7 +17,7 @@ from moe_serve.engine.rank_parts import Progress, RankParts
 from moe_serve.engine.ranks import check_placement
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
 from moe_serve.errors import CommError, ConfigError, MoeServeError
-from moe_serve.experts.placement.base import Placement
+from moe_serve.experts.placement.base import Array, Placement
 from moe_serve.experts.rank_experts import RankExperts
 from moe_serve.types import ForwardBatch, StepOutput
 
@@ -116,6 +116,13 @@ class LockstepEngine(Engine):
         experts = self.runner.model.experts
         assert isinstance(experts, RankExperts)
         self._mover = Mover(self._world, dispatcher.layout, experts, old, placement, bytes_per_step)
+
+    def recent_routing(self) -> tuple[Array, Array]:
+        """Return what tokens used since this was asked last; see `RecentRouting.take`."""
+        experts = self.runner.model.experts
+        if not isinstance(experts, RankExperts) or experts.recent is None:
+            raise ConfigError("the latest routing is kept for --rebalance or --home affinity only")
+        return experts.recent.take()
 
     def _advance(self) -> None:
         if self._mover is not None:

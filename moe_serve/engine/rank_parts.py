@@ -132,7 +132,9 @@ class RankParts:
         if self.share is None:
             return experts
         assert isinstance(experts, ResidentExperts | OffloadedExperts)
-        return RankExperts(experts)
+        options = self._config.ranks
+        is_noting = options.rebalance is not None or options.home == "affinity"
+        return RankExperts(experts, is_noting)
 
     def dispatcher(self, kernels: Kernels) -> Progress | None:
         """Return what carries tokens to their experts; None of a dense model, which needs none."""
