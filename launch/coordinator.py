@@ -6,6 +6,7 @@ together. See `moe_serve.llm.TokenEngine`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +33,11 @@ from moe_serve.launch.messages import (
     Stop,
     TakeRouting,
 )
+from moe_serve.launch.move_budget import MoveBudget
 from moe_serve.launch.rebalancer import Rebalancer
 from moe_serve.models.spec import ModelSpec
 from moe_serve.types import Request, StepOutput
 
-# of experts that travel in one step, on all ranks together
-BYTES_PER_STEP = 4 * 2**20
 # steps between two looks at what tokens used, for homes by affinity
 _LEARN_EVERY = 16
 
@@ -72,6 +72,8 @@ class RankedEngine:
         self._live: dict[str, _Live] = {}
         self._is_unfinished = [False] * len(links)
         self.is_moving = False
+        self._bytes_moved, self._moving_s = 0, 0.0
+        self._budget = MoveBudget()
         self._failure: str | None = None
         self._is_closed = False
         first = links[0].ready
@@ -113,7 +115,15 @@ class RankedEngine:
 
     def step(self) -> list[StepOutput]:
         """Let every rank take part in one step; return what all gave. Raises CommError."""
-        replies = self._call_all(Step())
+        budget = self._budget
+        move_bytes = budget.next_bytes() if self.is_moving else 0
+        start_s, before = time.perf_counter(), (self._bytes_moved, self._moving_s)
+        replies = self._call_all(Step(move_bytes))
+        budget.told(
+            time.perf_counter() - start_s,
+            self._bytes_moved - before[0],
+            self._moving_s - before[1],
+        )
         outputs = [output for reply in replies for output in reply.outputs]
         for output in outputs:
             if output.finish_reason is not None:
@@ -141,15 +151,17 @@ class RankedEngine:
             self._forget(request_id, index)
         return is_true
 
-    def place(self, placement: Placement, bytes_per_step: int = BYTES_PER_STEP) -> None:
+    def place(self, placement: Placement, bytes_per_step: int | None = None) -> None:
         """Begin to move experts to where `placement` has them, while the engine serves.
 
-        They travel with the next steps, whole records, at most `bytes_per_step` on all ranks (but
-        one at least). `is_moving` says when they have arrived; no token depends on any of it.
+        They travel before the next steps, whole records, so many that steps take a tenth longer at
+        most on average; bytes_per_step: or at most so many bytes on all ranks, but one record at
+        least. `is_moving` says whether some are yet to arrive; no token depends on any of it.
         Raises ConfigError for a placement of another model or other ranks, or while one is under
         way.
         """
-        for reply in self._call_all(Place(as_json(placement), bytes_per_step)):
+        self._budget = MoveBudget(bytes_per_step)
+        for reply in self._call_all(Place(as_json(placement))):
             if reply.failure is not None:
                 raise reply.failure.error()
         self._homes.place(placement)
@@ -220,6 +232,8 @@ class RankedEngine:
         for rank, reply in zip(ranks, replies, strict=True):
             self._is_unfinished[rank] = reply.has_unfinished
             self.is_moving = reply.is_moving
+            self._bytes_moved = reply.bytes_moved
+        self._moving_s = max([self._moving_s, *(reply.moving_s for reply in replies)])
         return replies
 
     def _end(self, error: BaseException | None) -> None:

@@ -48,14 +48,15 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """Take part in a step: all ranks are told."""
+    """Take part in a step: all ranks are told. move_bytes: of experts that may travel before it."""
+
+    move_bytes: int = 0
 
 
 class Place(msgspec.Struct, frozen=True, tag=True):
-    """Begin to take a placement over. placement: as placement.json; bytes_per_step: that travel."""
+    """Begin to take a placement over. placement: as placement.json."""
 
     placement: dict[str, Any]
-    bytes_per_step: int
 
 
 class TakeRouting(msgspec.Struct, frozen=True, tag=True):
@@ -104,7 +105,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 class RankStats(msgspec.Struct, frozen=True):
     """One rank's counts since its start; sizes in bytes.
 
-    num_tokens: given to its own requests. epoch: how often a layer of experts was placed anew;
+    num_idle_steps: in which others had tokens, and it had none. num_tokens: given to its own
+    requests. epoch: how often a layer of experts was placed anew;
     experts_moved, bytes_moved: for that, on all ranks together.
     """
 
@@ -112,6 +114,7 @@ class RankStats(msgspec.Struct, frozen=True):
     num_threads: int
     peak_rss_bytes: int
     num_steps: int
+    num_idle_steps: int
     num_tokens: int
     num_collectives: int
     bytes_sent: int
@@ -144,14 +147,17 @@ class TokensUsed(msgspec.Struct, frozen=True):
 class Reply(msgspec.Struct, frozen=True, tag=True):
     """What came of a call.
 
-    is_true: of Abort and Stop. is_moving: experts travel with the next steps. failure: instead of
-    anything else.
+    is_true: of Abort and Stop. is_moving: experts travel with the next steps; bytes_moved,
+    moving_s: what has travelled since the start, on all ranks, and how long this one was at it.
+    failure: instead of anything else.
     """
 
     outputs: tuple[StepOutput, ...] = ()
     is_true: bool = False
     has_unfinished: bool = False
     is_moving: bool = False
+    bytes_moved: int = 0
+    moving_s: float = 0.0
     stats: RankStats | None = None
     used: TokensUsed | None = None
     failure: Failure | None = None

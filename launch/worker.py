@@ -66,13 +66,13 @@ class RankWorker:
                     return self._reply(is_true=engine.abort(request_id))
                 case Stop(request_id=request_id, index=index):
                     return self._reply(is_true=engine.stop(request_id, index))
-                case Step():
-                    outputs = engine.step()
+                case Step(move_bytes=move_bytes):
+                    outputs = engine.step(move_bytes)
                     self._num_steps += 1
                     self._num_tokens += sum(len(output.token_ids) for output in outputs)
                     return self._reply(tuple(outputs))
-                case Place(placement=placement, bytes_per_step=bytes_per_step):
-                    engine.place(placement_from(placement), bytes_per_step)
+                case Place(placement=placement):
+                    engine.place(placement_from(placement))
                 case TakeRouting():
                     return self._reply(used=TokensUsed.of(*engine.recent_routing()))
                 case Resize(slots_per_layer=slots_per_layer):
@@ -97,8 +97,18 @@ class RankWorker:
         used: TokensUsed | None = None,
         failure: Failure | None = None,
     ) -> Reply:
-        is_unfinished, is_moving = self.engine.has_unfinished, self.engine.is_moving
-        return Reply(outputs, is_true, is_unfinished, is_moving, stats, used, failure)
+        engine = self.engine
+        return Reply(
+            outputs,
+            is_true,
+            engine.has_unfinished,
+            engine.is_moving,
+            engine.bytes_moved,
+            engine.moving_s,
+            stats,
+            used,
+            failure,
+        )
 
     def _stats(self) -> RankStats:
         return RankStats(
@@ -106,6 +116,7 @@ class RankWorker:
             num_threads=torch.get_num_threads(),
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             num_steps=self._num_steps,
+            num_idle_steps=self.engine.num_idle_steps,
             num_tokens=self._num_tokens,
             num_collectives=self._world.num_collectives,
             bytes_sent=self._world.bytes_sent,

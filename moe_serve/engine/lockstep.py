@@ -6,6 +6,7 @@ every step, also without a token, and also after its own step has failed.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -65,12 +66,15 @@ class LockstepEngine(Engine):
         self._header = rank.header
         self._world = rank.world
         self._mover: Mover | None = None
-        self.num_moved = self.bytes_moved = 0
+        self.num_moved = self.bytes_moved = self.num_idle_steps = 0
+        self.moving_s = 0.0
 
-    def step(self) -> list[StepOutput]:
+    def step(self, move_bytes: int = 0) -> list[StepOutput]:
         """Take part in one step; return what this rank's own requests were given.
 
-        Raises CommError where ranks do not agree, or one is gone: no step may follow.
+        move_bytes: of experts that may travel before it, where another placement is being taken
+        over; on all ranks together, and the same on all. Raises CommError where ranks do not agree,
+        or one is gone: no step may follow.
         """
         self._refuse_if_closed()
         step = self.scheduler.schedule()
@@ -78,7 +82,7 @@ class LockstepEngine(Engine):
         try:
             dispatcher = self.runner.model.dispatcher
             counts = self._header.share(self.epoch, num_tokens)
-            self._advance()
+            self._advance(move_bytes)
             if dispatcher is not None and any(counts):
                 dispatcher.begin_step(counts)
                 if step is None:
@@ -87,7 +91,10 @@ class LockstepEngine(Engine):
             if step is not None:
                 self.scheduler.retract(step)
             raise
-        return [] if step is None else self._run(step)
+        if step is None:
+            self.num_idle_steps += any(counts)
+            return []
+        return self._run(step)
 
     @property
     def is_moving(self) -> bool:
@@ -100,12 +107,11 @@ class LockstepEngine(Engine):
         dispatcher = self.runner.model.dispatcher
         return dispatcher.layout.epoch if isinstance(dispatcher, Progress) else 0
 
-    def place(self, placement: Placement, bytes_per_step: int) -> None:
+    def place(self, placement: Placement) -> None:
         """Begin to take another placement over, with the next steps; on all ranks at once.
 
-        bytes_per_step: of experts that travel, on all ranks together; at least one does. Raises
-        ConfigError for a placement that is not of this model and these ranks, or while another one
-        is being taken over.
+        Raises ConfigError for a placement that is not of this model and these ranks, or while
+        another one is being taken over.
         """
         dispatcher, old = self.runner.model.dispatcher, self.placement
         if old is None or not isinstance(dispatcher, Progress):
@@ -115,7 +121,7 @@ class LockstepEngine(Engine):
         check_placement("the new placement", placement, old)
         experts = self.runner.model.experts
         assert isinstance(experts, RankExperts)
-        self._mover = Mover(self._world, dispatcher.layout, experts, old, placement, bytes_per_step)
+        self._mover = Mover(self._world, dispatcher.layout, experts, old, placement)
 
     def recent_routing(self) -> tuple[Array, Array]:
         """Return what tokens used since this was asked last; see `RecentRouting.take`."""
@@ -124,11 +130,13 @@ class LockstepEngine(Engine):
             raise ConfigError("the latest routing is kept for --rebalance or --home affinity only")
         return experts.recent.take()
 
-    def _advance(self) -> None:
+    def _advance(self, move_bytes: int) -> None:
         if self._mover is not None:
-            num_moved, num_bytes = self._mover.advance()
+            start_s = time.perf_counter()
+            num_moved, num_bytes = self._mover.advance(move_bytes)
             self.num_moved += num_moved
             self.bytes_moved += num_bytes
+            self.moving_s += time.perf_counter() - start_s
             if self._mover.is_done:
                 self.placement, self._mover = self._mover.new, None
 

@@ -55,14 +55,11 @@ class Mover:
         experts: RankExperts,
         old: Placement,
         new: Placement,
-        bytes_per_step: int,
     ) -> None:
-        """bytes_per_step: of records, on all ranks together; one travels at least."""
         self.new = new
         self._world = world
         self._layout = layout
         self._experts = experts
-        self._bytes_per_step = bytes_per_step
         self._ranks_per_node = old.mesh.ranks_per_node
         self._left = [
             (layer, old.ranks[index], new.ranks[index])
@@ -75,12 +72,12 @@ class Mover:
     def is_done(self) -> bool:
         return not self._left
 
-    def advance(self) -> tuple[int, int]:
-        """Let as many records travel as a step may take; return how many, and their bytes.
+    def advance(self, most_bytes: int) -> tuple[int, int]:
+        """Let records of `most_bytes` travel, one at least; return how many did, and their bytes.
 
-        Of all ranks together. Raises CommError.
+        Of all ranks together. 0: nothing happens. Raises CommError.
         """
-        left = self._bytes_per_step
+        left = most_bytes
         num_moved = 0
         while self._left and left > 0:
             layer, old, new = self._left[0]
@@ -91,7 +88,7 @@ class Mover:
                     else []
                 )
             size = self._experts.message_bytes(layer)
-            count = max(1, left // size) if left == self._bytes_per_step else left // size
+            count = max(1, left // size) if left == most_bytes else left // size
             now, self._moves = self._moves[:count], self._moves[count:]
             if now:
                 self._travel(layer, now)
@@ -105,7 +102,7 @@ class Mover:
                 self._layout.place(layer, new)
                 self._left.pop(0)
                 self._moves = None
-        return num_moved, self._bytes_per_step - left
+        return num_moved, most_bytes - left
 
     def _travel(self, layer: int, moves: Sequence[Move]) -> None:
         rank, ranks = self._world.rank, range(self._world.size)

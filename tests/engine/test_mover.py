@@ -106,9 +106,9 @@ def test_every_layer_arrives_whole_and_within_the_budget(records: int) -> None:
 
         def run(rank: int) -> None:
             own: Any = ranks[rank]  # noqa: B023 - the threads end within the turn
-            mover = Mover(exchange.of(rank), layouts[rank], own, old, new, records * RECORD)  # noqa: B023
+            mover = Mover(exchange.of(rank), layouts[rank], own, old, new)  # noqa: B023
             while not mover.is_done:
-                told[rank].append(mover.advance())  # noqa: B023
+                told[rank].append(mover.advance(records * RECORD))  # noqa: B023
 
         with ThreadPoolExecutor(NUM_RANKS) as pool:
             list(pool.map(run, range(NUM_RANKS)))
@@ -128,7 +128,7 @@ def test_a_mover_on_one_rank_needs_no_other() -> None:
     same = Placement(mesh, NUM_EXPERTS, layers)
     layout = Layout(same.ranks, 1, 1, LAYERS, 0)
     rank: Any = Rank(0, {layer: set(range(NUM_EXPERTS)) for layer in LAYERS})
-    mover = Mover(Exchange().of(0), layout, rank, same, same, 10**9)
+    mover = Mover(Exchange().of(0), layout, rank, same, same)
     assert mover.is_done
-    assert mover.advance() == (0, 0)
+    assert mover.advance(10**9) == (0, 0)
     assert layout.epoch == 0

@@ -38,7 +38,7 @@ def test_a_request_arrives_as_it_was() -> None:
         sampling=sampling,
         eos_token_ids=frozenset({7}),
         bad_words_ids=((1, 2),),
-        cache_salt="ü",
+        cache_salt="\xfc",
     )
     sender.send(Add(request))
     sender.send(Release())

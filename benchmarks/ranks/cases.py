@@ -1,12 +1,14 @@
-"""One rank of a test: models spread in many ways must give what one process gives, in all bits.
+"""One rank of many cases: a model spread in many ways must give the bits of one process.
 
-Run as `python -m tests.rank_cases FILE` on every rank, with torchrun's environment; FILE names the
-cases and has what they must give. Rank 0 prints JSON with what was run.
+Run as `python -m benchmarks.ranks.cases FILE` on every rank, with torchrun's environment; FILE has
+the cases and what they must give. Rank 0 prints JSON: of each case how many outputs differ, how
+many ended with an error, and what the ranks counted.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -79,12 +81,20 @@ def poison(engine: LockstepEngine, layer: int, expert: int) -> None:
 
 
 def run(case: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
-    """Run one case on this rank; compare on rank 0."""
+    """Run one case on this rank; compare on rank 0.
+
+    case: options, of the LLM; seed; num_prompts: of those there are, drawn anew in each of
+    num_rounds; bytes_per_step: with it another random placement is taken over from round to round
+    (null: as fast as steps allow); poison: (layer, expert) to be filled with NaN, whose users may
+    end with an error.
+    """
     chance = random.Random(case["seed"])
     prompts, params, outputs = expected["prompts"], expected["params"], expected["outputs"]
     count = case.get("num_prompts", len(prompts))
-    per_prompt = [params[index].get("n", 1) for index in range(len(prompts))]
-    with LLM(**expected["options"], **case["options"]) as llm:
+    per_prompt = [one.get("n", 1) for one in params]
+    starts = [sum(per_prompt[:index]) for index in range(len(prompts))]
+    told = {"num_wrong": 0, "num_failed": 0, "num_outputs": 0, "num_placed": 0}
+    with LLM(**{**expected["options"], **case["options"]}) as llm:
         for number in range(case.get("num_rounds", 1)):
             engine = llm.engine
             is_placing = number > 0 and "bytes_per_step" in case
@@ -92,33 +102,29 @@ def run(case: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
                 mesh = Mesh(num_ranks=len(engine.stats().ranks), ranks_per_node=1)
                 shape = expected["num_layers"], expected["num_experts"]
                 engine.place(random_placement(chance, mesh, *shape), case["bytes_per_step"])
+                told["num_placed"] += 1
             if "poison" in case:
                 poison(rank_engine(llm), *case["poison"])
             order = chance.sample(range(len(prompts)), count)
             found = outputs_of(llm, [prompts[i] for i in order], [params[i] for i in order])
             if not llm.is_first_rank:
                 continue
-            starts = [sum(per_prompt[:index]) for index in order]
-            wanted = [
-                outputs[start + part]
-                for start, index in zip(starts, order, strict=True)
-                for part in range(per_prompt[index])
-            ]
-            if "poison" in case:
-                wanted = [
-                    one if one[3] is not None and "not finite" in one[3] else whole
-                    for one, whole in zip(found, wanted, strict=True)
-                ]
-                failed = sum(one[2] == "error" for one in wanted)
-                assert 0 < failed < len(wanted), failed
-            assert found == wanted, (case, number)
-        return {"ranks": llm.engine.stats().ranks}
+            wanted = [outputs[starts[i] + part] for i in order for part in range(per_prompt[i])]
+            failed = [one[3] is not None and "not finite" in one[3] for one in found]
+            told["num_outputs"] += len(found)
+            told["num_failed"] += sum(failed)
+            told["num_wrong"] += sum(
+                one != whole and not (has_failed and "poison" in case)
+                for one, whole, has_failed in zip(found, wanted, failed, strict=True)
+            )
+        about = {"numerics_id": llm.engine.numerics_id, "ranks": llm.engine.stats().ranks}
+        return {**told, **about}
 
 
 def main(path: Path) -> None:
     given = json.loads(path.read_text())
     told = [run(case, given["expected"]) for case in given["cases"]]
-    if told[0]["ranks"]:
+    if int(os.environ["RANK"]) == 0:
         print(json.dumps(told))
 
 
