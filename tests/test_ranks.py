@@ -159,7 +159,7 @@ def sent_over_told(llm: LLM, prompts: list[list[int]]) -> float:
     before, ranks_before = loopback_bytes(), llm.engine.stats().ranks
     llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
     sent, ranks = loopback_bytes() - before, llm.engine.stats().ranks
-    told = sum(r["bytes_sent"] for r in ranks) - sum(r["bytes_sent"] for r in ranks_before)
+    told: int = sum(r["bytes_sent"] for r in ranks) - sum(r["bytes_sent"] for r in ranks_before)
     return sent / told
 
 
