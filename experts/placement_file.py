@@ -1,4 +1,4 @@
-"""Placements as files: our own JSON, and the arrays of DeepSeek's EPLB and of SGLang."""
+"""Placements as files: our own JSON, and those of other systems (experts/placement_formats)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from moe_serve import plugin
 from moe_serve.errors import ConfigError
 from moe_serve.experts.output_file import whole_file
-from moe_serve.experts.placement.base import Array, Mesh, Placement
+from moe_serve.experts.placement.base import Mesh, Placement
+from moe_serve.experts.placement_formats.base import Known, check_layer_ids
 
 SCHEMA = 1
+FORMATS = "moe_serve.experts.placement_formats"
 
 
 def write_placement(path: Path, placement: Placement) -> None:
@@ -22,11 +23,35 @@ def write_placement(path: Path, placement: Placement) -> None:
         file.write(json.dumps(as_json(placement)).encode())
 
 
-def write_sglang(path: Path, placement: Placement) -> None:
-    """Write what SGLang's --init-expert-location reads. Raises as `to_physical`, TraceError."""
-    physical = to_physical(placement).tolist()
+def parse_export(text: str) -> tuple[str, Path]:
+    """Return the format and the path of FORMAT:FILE. Raises ConfigError."""
+    name, _, path = text.partition(":")
+    if not path:
+        known = ", ".join(plugin.names(FORMATS))
+        raise ConfigError(f"{text!r} is not FORMAT:FILE, where FORMAT is one of {known}")
+    plugin.load(FORMATS, name)
+    return name, Path(path)
+
+
+def export_placement(
+    path: Path, format_name: str, placement: Placement, layer_ids: Sequence[int] | None = None
+) -> None:
+    """Write a placement as another system reads it, whole or not at all.
+
+    format_name: a file of experts/placement_formats. layer_ids: the model's layers that have
+    experts; None: all of its layers. Raises ConfigError where the format cannot say what the
+    placement does, TraceError where it cannot be written.
+    """
+    ids = range(placement.num_layers) if layer_ids is None else layer_ids
+    check_layer_ids(ids)
+    if len(ids) != placement.num_layers:
+        raise ConfigError(f"{len(ids)} layers, but the placement has {placement.num_layers}")
+    try:
+        data: bytes = plugin.load(FORMATS, format_name).encode(placement, ids)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     with whole_file(path) as file:
-        file.write(json.dumps({"physical_to_logical_map": physical}).encode())
+        file.write(data)
 
 
 def as_json(placement: Placement) -> dict[str, Any]:
@@ -44,24 +69,43 @@ def as_json(placement: Placement) -> dict[str, Any]:
     }
 
 
-def read_placement(path: Path, mesh: Mesh | None = None) -> Placement:
-    """Read placement.json, or SGLang's form with `mesh`. Raises ConfigError."""
+def read_placement(
+    path: Path,
+    mesh: Mesh | None = None,
+    *,
+    num_experts: int | None = None,
+    layer_ids: Sequence[int] | None = None,
+) -> Placement:
+    """Read placement.json, or a form of experts/placement_formats, told by its content.
+
+    mesh, num_experts (of a layer) and layer_ids (the model's layers with experts) are for forms
+    that do not say them. Raises ConfigError.
+    """
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         raise ConfigError(f"{path}: not a placement ({error})") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: not a placement: no object")
+    if data.startswith(b"\x80") or (data.startswith(b"PK") and b"/data.pkl" in data):
+        raise ConfigError(
+            f"{path}: a pickle, as SGLang's .pt is, which is not read, for it could run any code; "
+            "write its physical_to_logical_map as JSON: torch.load(FILE, weights_only=True), then "
+            'json.dump({"physical_to_logical_map": map.tolist()}, ...)'
+        )
+    known = Known(mesh=mesh, num_experts=num_experts, layer_ids=layer_ids)
     try:
-        if "physical_to_logical_map" in data:
-            if mesh is None:
-                raise ConfigError("physical_to_logical_map says nothing of ranks: name them")
-            return from_physical(np.array(data["physical_to_logical_map"]), mesh)
-        return placement_from(data)
+        for name in plugin.names(FORMATS):
+            form = plugin.load(FORMATS, name)
+            if form.recognises(data):
+                found: Placement = form.decode(data, known)
+                return found
+        own = json.loads(data)
+        if not isinstance(own, dict):
+            raise ConfigError("not a placement: no object")
+        return placement_from(own)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{path}: not a placement: {error!r}") from error
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a placement ({error!r})") from error
 
 
 def placement_from(data: Mapping[str, Any]) -> Placement:
@@ -89,56 +133,3 @@ def _ranks(given: Sequence[Any]) -> list[int]:
     if not all(isinstance(rank, int) and not isinstance(rank, bool) for rank in given):
         raise ConfigError(f"ranks are whole numbers, not {list(given)!r}")
     return list(given)
-
-
-def from_physical(physical: Array, mesh: Mesh, num_experts: int | None = None) -> Placement:
-    """Read EPLB's physical-to-logical map, int [num_layers, num_slots], slots rank by rank.
-
-    An expert twice on one rank, which EPLB does not rule out, counts once.
-    """
-    if physical.ndim != 2 or not np.issubdtype(physical.dtype, np.integer):
-        raise ConfigError(
-            f"a map of slots is [layers, slots] of whole numbers, not {physical.dtype} "
-            f"{list(physical.shape)}"
-        )
-    if physical.shape[1] % mesh.num_ranks:
-        raise ConfigError(f"{physical.shape[1]} slots cannot be shared by {mesh.num_ranks} ranks")
-    if physical.min() < 0:
-        raise ConfigError("a map of slots has an expert below 0")
-    experts = int(physical.max()) + 1 if num_experts is None else num_experts
-    if not int(physical.max()) < experts <= physical.shape[1]:
-        raise ConfigError(
-            f"{physical.shape[1]} slots cannot hold {experts} experts, of which the last is "
-            f"{int(physical.max())}"
-        )
-    size = physical.shape[1] // mesh.num_ranks
-    layers = []
-    for row in physical:
-        ranks: list[set[int]] = [set() for _ in range(experts)]
-        for slot, expert in enumerate(row.tolist()):
-            ranks[expert].add(slot // size)
-        layers.append(tuple(tuple(sorted(held)) for held in ranks))
-    return Placement(mesh, experts, tuple(layers), "given")
-
-
-def to_physical(placement: Placement) -> Array:
-    """Return EPLB's physical-to-logical map, int64 [num_layers, num_slots].
-
-    Raises ConfigError where ranks hold different numbers of experts: the map cannot say that.
-    """
-    holds = placement.holds()
-    sizes = holds.sum(axis=1)
-    if (sizes != sizes[0, 0]).any():
-        raise ConfigError(
-            "a map of slots needs as many experts on every rank and layer; this placement has "
-            f"{int(sizes.min())} to {int(sizes.max())}"
-        )
-    rows = [
-        [
-            expert
-            for rank in range(placement.mesh.num_ranks)
-            for expert in np.flatnonzero(layer[:, rank])
-        ]
-        for layer in holds
-    ]
-    return np.array(rows, np.int64)

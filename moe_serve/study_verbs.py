@@ -152,11 +152,16 @@ def place(
         int | None,
         typer.Option("--slots", min=1, help="Of a layer on a rank; room for replicas."),
     ] = None,
-    sglang: Annotated[
-        Path | None, typer.Option(help="The same as SGLang's --init-expert-location reads it.")
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--export",
+            help="FORMAT:FILE, the same as another system reads it (a file in "
+            "experts/placement_formats); again for more.",
+        ),
     ] = None,
     given: Annotated[
-        Path | None, typer.Option(help="A placement to judge as well, ours or SGLang's.")
+        Path | None, typer.Option(help="A placement to judge as well, ours or another system's.")
     ] = None,
     other: Annotated[
         Path | None, typer.Option("--other", help="A trace of another task, to judge on as well.")
@@ -182,7 +187,12 @@ def place(
     """Spread a model's experts over ranks by a trace, and judge it on what was not learned from."""
     from moe_serve.experts.output_file import output_path
     from moe_serve.experts.placement.base import Mesh, PlacementOptions
-    from moe_serve.experts.placement_file import read_placement, write_placement, write_sglang
+    from moe_serve.experts.placement_file import (
+        export_placement,
+        parse_export,
+        read_placement,
+        write_placement,
+    )
     from moe_serve.experts.trace import read_trace  # imports numpy
     from moe_serve.study import place as study
     from moe_serve.study.judge import read_topology
@@ -194,18 +204,24 @@ def place(
         raise ConfigError(f"{ranks} ranks cannot be shared evenly by {nodes} nodes")
     if plots is not None:
         check_available()
-    for path in (target, sglang):
+    exports = [parse_export(text) for text in export or ()]
+    for path in (target, *(path for _, path in exports)):
         if path is not None:
             output_path(path)
     strategies = tuple(strategy or ("joint",))
     recorded = read_trace(source)
     mesh = Mesh(num_ranks=ranks, ranks_per_node=ranks // nodes)
+    layer_ids = recorded.layer_ids.tolist()
+    if given is None:
+        known = None
+    else:
+        known = read_placement(given, mesh, num_experts=recorded.num_experts, layer_ids=layer_ids)
     options = study.PlaceOptions(
         mesh=mesh,
         strategies=strategies,
         slots_per_rank=slots,
         other=None if other is None else read_trace(other),
-        given=None if given is None else read_placement(given, mesh),
+        given=known,
         hidden_size=hidden_size,
         topology=read_topology(topology),
         placement=PlacementOptions(
@@ -216,9 +232,9 @@ def place(
     if target is not None:
         write_placement(target, placed[strategies[0]].placement)
         note(f"{target} has the placement of {strategies[0]}")
-    if sglang is not None:
-        write_sglang(sglang, placed[strategies[0]].placement)
-        note(f"{sglang} has it for SGLang")
+    for name, path in exports:
+        export_placement(path, name, placed[strategies[0]].placement, layer_ids)
+        note(f"{path} has it as {name} reads it")
     if plots is not None:
         for path in write_plots(placed, study.pareto(recorded, options), plots):
             note(f"wrote {path}")

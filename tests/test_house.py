@@ -35,6 +35,7 @@ ENTRY_POINTS = {
     "moe_serve.comm": "build",
     "moe_serve.experts.policies": "build",
     "moe_serve.experts.placement": "place",
+    "moe_serve.experts.placement_formats": "decode",
     "moe_serve.predictors": "build",
     "benchmarks.peers.systems": "build",
 }

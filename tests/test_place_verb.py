@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_serve import cli
-from moe_serve.experts.placement_file import read_placement
+from moe_serve import cli, plugin
+from moe_serve.experts.placement_file import FORMATS, read_placement
 from moe_serve.experts.trace import write_trace
 from tests.experts.routing import synthetic_trace
 
@@ -56,7 +56,7 @@ def test_what_was_written_can_be_judged_also_in_sglangs_form(
     traces: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs = tmp_path / "p.json", tmp_path / "s.json"
-    assert run("place", traces[0], "--ranks", "4", "-o", ours, "--sglang", theirs) == 0
+    assert run("place", traces[0], "--ranks", "4", "-o", ours, "--export", f"sglang:{theirs}") == 0
     capsys.readouterr()
     for given in (ours, theirs):
         assert run("place", traces[0], "--ranks", "4", "--given", given, "--json") == 0
@@ -68,6 +68,20 @@ def test_what_was_written_can_be_judged_also_in_sglangs_form(
             assert figures[0]["imbalance"] == figures[1]["imbalance"]
     assert run("place", traces[0], "--ranks", "2", "--given", ours) != 0
     assert "is of 3 layers of 16 experts on 4 ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", plugin.names(FORMATS))
+def test_what_is_exported_can_be_judged(
+    traces: tuple[Path, Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    common = ("place", traces[0], "--ranks", "4", "--json")
+    assert run(*common, "--strategy", "contiguous", "--export", f"{name}:{path}") == 0
+    capsys.readouterr()
+    assert run(*common, "--given", path) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    figures = {row["strategy"]: row["imbalance"] for row in rows if row["part"] == "held out"}
+    assert figures["given"] == figures["contiguous"]
 
 
 def test_json_has_every_figure(
@@ -93,6 +107,9 @@ def test_json_has_every_figure(
         (("--slots", "1"), "give at least"),
         (("-o", "/proc/none/p.json"), "its folder is not there"),
         (("--topology", "/nowhere.json"), "not a topology"),
+        (("--export", "p.json"), "'p.json' is not FORMAT:FILE, where FORMAT is one of eplb"),
+        (("--export", "sglan:p.json"), "there is no 'sglan'"),
+        (("--export", "sglang:/proc/none/p.json"), "its folder is not there"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -95,7 +95,9 @@ def share_of(
     if options.placement in _WITHOUT_TRACE:
         placement = _without_trace(options.placement, mesh, len(layers), num_experts)
     else:
-        placement = read_placement(Path(options.placement), mesh)
+        placement = read_placement(
+            Path(options.placement), mesh, num_experts=num_experts, layer_ids=layers
+        )
         own = _without_trace(_WITHOUT_TRACE[0], mesh, len(layers), num_experts)
         check_placement(options.placement, placement, replace(own, model_id=model_id))
     return Share(placement, layers, rank)

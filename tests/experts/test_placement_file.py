@@ -13,12 +13,11 @@ from moe_serve.errors import ConfigError
 from moe_serve.experts.placement.base import Mesh, Placement
 from moe_serve.experts.placement_file import (
     as_json,
-    from_physical,
+    export_placement,
     read_placement,
-    to_physical,
     write_placement,
-    write_sglang,
 )
+from moe_serve.experts.placement_formats.base import from_physical, to_physical
 
 MESH = Mesh(num_ranks=4, ranks_per_node=2)
 PLACEMENT = Placement(
@@ -41,7 +40,7 @@ def test_slot_maps_there_and_back(tmp_path: Path) -> None:
     physical = to_physical(PLACEMENT)
     assert physical.tolist() == [[0, 1, 2, 0], [0, 1, 1, 2]]
     assert from_physical(physical, MESH).ranks == PLACEMENT.ranks
-    write_sglang(tmp_path / "s.json", PLACEMENT)
+    export_placement(tmp_path / "s.json", "sglang", PLACEMENT)
     assert read_placement(tmp_path / "s.json", MESH).ranks == PLACEMENT.ranks
     with pytest.raises(ConfigError, match="says nothing of ranks"):
         read_placement(tmp_path / "s.json")
@@ -62,6 +61,7 @@ def test_an_expert_twice_on_a_rank_counts_once() -> None:
         (np.zeros((1, 4)), "of whole numbers"),
         (np.zeros((1, 3), np.int64), "3 slots cannot be shared by 4 ranks"),
         (np.full((1, 4), -1), "below 0"),
+        (np.zeros((0, 4), np.int64), "is \\[layers, slots\\] of whole numbers"),
     ],
 )
 def test_a_map_that_is_none_is_refused(physical: Any, says: str) -> None:
