@@ -42,6 +42,14 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     return _downloaded(name, revision)
 
 
+def resolve_config(name: str, revision: str | None = None) -> Path:
+    """Return a folder with the config.json of model `name`: as `resolve_model`, but no weights."""
+    path = Path(os.path.expanduser(name))
+    if name in ("", EMBEDDED_MODEL) or os.path.lexists(path) or not _HUB_NAME.fullmatch(name):
+        return resolve_model(name)
+    return _downloaded(name, revision, (CONFIG_FILE,))
+
+
 def embedded_model() -> Path:
     """Return the folder of the model that comes with the package."""
     folder = Path(str(importlib.resources.files("moe_serve"))) / "assets" / EMBEDDED_MODEL
@@ -49,20 +57,20 @@ def embedded_model() -> Path:
     return folder
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
+def _downloaded(name: str, revision: str | None, wanted: tuple[str, ...] = WANTED_FILES) -> Path:
     """Return the folder of a hub model, from the cache or the network."""
     # an optional library as far as folders go, and one that takes time to import
     from huggingface_hub import snapshot_download
 
     try:
         cached = _cached(name, revision)
-        if cached is not None and _is_complete(cached):
+        if cached is not None and _has_all(cached, wanted):
             return cached
         return Path(
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=list(WANTED_FILES),
+                allow_patterns=list(wanted),
                 ignore_patterns=list(UNWANTED_FILES),
             )
         )
@@ -91,10 +99,15 @@ def _cached(name: str, revision: str | None) -> Path | None:
         return None
 
 
-def _is_complete(folder: Path) -> bool:
-    """Return whether a cached snapshot has a config and all weights, not only some."""
+def _has_all(folder: Path, wanted: tuple[str, ...]) -> bool:
+    """Return whether a cached snapshot has a config and, where wanted, all weights, not only some.
+
+    wanted: WANTED_FILES, or the config alone.
+    """
     if not (folder / CONFIG_FILE).exists():
         return False
+    if wanted == (CONFIG_FILE,):
+        return True
     if (folder / SINGLE_FILE).exists():
         return True
     if not (folder / INDEX_FILE).exists():

@@ -56,6 +56,23 @@ FLAGS = {
     "bench latency": ENGINE_FLAGS | BENCH_FLAGS | {"--batch-size"},
     "bench throughput": ENGINE_FLAGS | BENCH_FLAGS | {"--num-prompts"},
     "doctor": {"--json", "--kernels", "--isa", "--threads", "--config", "--debug", "--help"},
+    "plan": {
+        "--machine",
+        "--ranks",
+        "--dispatcher",
+        "--input-len",
+        "--output-len",
+        "--num-seqs",
+        "--trace",
+        "--dtype",
+        "--json",
+        "--kernels",
+        "--isa",
+        "--threads",
+        "--config",
+        "--debug",
+        "--help",
+    },
 }
 
 
@@ -129,6 +146,7 @@ def test_verbs_are_these(capsys: pytest.CaptureFixture[str]) -> None:
         "chat",
         "batch",
         "doctor",
+        "plan",
         "trace",
         "simulate",
         "place",

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from moe_serve.errors import CheckpointError
-from moe_serve.hub import resolve_model
+from moe_serve.hub import resolve_config, resolve_model
 from tests.models.bad_checkpoints import SHARDS, write_checkpoint
 
 Download = Callable[..., str]
@@ -67,6 +67,24 @@ def test_what_looks_like_a_path_never_reaches_the_hub(
         with pytest.raises(CheckpointError, match=r"no such model folder|empty"):
             resolve_model(name)
     assert calls == []
+
+
+def test_a_plan_needs_the_config_alone(
+    tmp_path: Path, downloads: Callable[[Download], list[dict[str, Any]]]
+) -> None:
+    def download(name: str, **options: Any) -> str:
+        if options.get("local_files_only"):
+            raise LocalEntryNotFoundError("not there")
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    calls = downloads(download)
+    assert resolve_config("org/name") == tmp_path
+    assert calls[-1]["allow_patterns"] == ["config.json"]
+    calls = downloads(lambda *args, **options: str(tmp_path))
+    assert resolve_config("org/name") == tmp_path
+    assert [call.get("local_files_only") for call in calls] == [True]
+    assert resolve_config("demo-moe") == resolve_model("demo-moe")
 
 
 def test_a_complete_cache_is_used_without_the_network(

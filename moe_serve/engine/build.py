@@ -59,8 +59,8 @@ def build_engine(
         logger.warning("fused=False has no effect: the %s kernels run one by one", kernels.name)
     hf_config = HFConfig.read(folder)
     spec = read_spec(hf_config)
-    dtype = _dtype(config.weights.dtype, hf_config.dtype)
-    max_model_len = _max_model_len(config.weights.max_model_len, spec.max_position_embeddings)
+    dtype = dtype_of(config.weights.dtype, hf_config.dtype)
+    max_model_len = context_of(config.weights.max_model_len, spec.max_position_embeddings)
     available = available_bytes()
     rank = None
     if ranks is not None:
@@ -144,7 +144,7 @@ def _engine(
     )
 
 
-def _dtype(wanted: str, checkpoint: torch.dtype) -> torch.dtype:
+def dtype_of(wanted: str, checkpoint: torch.dtype) -> torch.dtype:
     """Resolve the dtype option; float16 checkpoints run in bfloat16, which CPUs multiply."""
     if wanted != "auto":
         return DTYPES[wanted]
@@ -154,7 +154,8 @@ def _dtype(wanted: str, checkpoint: torch.dtype) -> torch.dtype:
     return checkpoint
 
 
-def _max_model_len(wanted: int | None, limit: int) -> int:
+def context_of(wanted: int | None, limit: int) -> int:
+    """Resolve max_model_len; limit: the model's own. Raises ConfigError above that."""
     if wanted is not None and wanted > limit:
         raise ConfigError(
             f"max_model_len is {wanted}, but the model's context is {limit} "
