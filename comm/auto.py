@@ -6,8 +6,9 @@ that all choose alike from the step's token counts, and nobody has to tell.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,20 +18,21 @@ from moe_serve.comm._between import Meanwhile
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Dispatcher, Inbox, Receipt
+from moe_serve.kernels.suite import Kernels
 from moe_serve.types import Routing
 
 _SIZES = (1, 64)  # tokens a rank
-_SAMPLES = 7
+_SAMPLES = 9
 
 
 class Auto:
     """See `comm.base.Dispatcher`. Until `fit` was called it is per_expert."""
 
-    def __init__(self, world: World, layout: Layout, combine: Callable[..., Tensor]) -> None:
+    def __init__(self, world: World, layout: Layout, kernels: Kernels) -> None:
         self._world = world
         self._layout = layout
         self.candidates: dict[str, Dispatcher] = {
-            module.__name__.rpartition(".")[2]: module.build(world, layout, combine)
+            module.__name__.rpartition(".")[2]: module.build(world, layout, kernels)
             for module in (per_expert, dedup, all_gather, static)
         }
         self._lines: dict[str, tuple[float, float]] = {}
@@ -45,15 +47,18 @@ class Auto:
         num_experts = self._layout.num_experts
         source = torch.Generator().manual_seed(self._world.rank)
         found = []
-        for dispatcher in self.candidates.values():
-            for num_tokens in _SIZES:
-                ids = torch.rand(num_tokens, num_experts, generator=source).argsort(1)[:, :top_k]
-                routing = Routing(ids, torch.full((num_tokens, top_k), 1.0 / top_k))
-                rows = hidden.expand(num_tokens, -1).contiguous()
-                found.append(min(self._time(dispatcher, layer, rows, routing)))
-        mine = torch.tensor(found, dtype=torch.float64)
-        size = self._world.size
-        each = self._world.exchange(mine.repeat(size, 1), [1] * size, [1] * size)
+        for num_tokens in _SIZES:
+            ids = torch.rand(num_tokens, num_experts, generator=source).argsort(1)[:, :top_k]
+            routing = Routing(ids, torch.full((num_tokens, top_k), 1.0 / top_k))
+            rows = hidden.expand(num_tokens, -1).contiguous()
+            # in turns, so that what else the machine does meets all alike; the first warms up
+            samples = [
+                [self._time_s(one, layer, rows, routing) for one in self.candidates.values()]
+                for _ in range(1 + _SAMPLES)
+            ]
+            found.append([statistics.median(times) for times in zip(*samples[1:], strict=True)])
+        mine = torch.tensor(found, dtype=torch.float64).T.reshape(1, -1)
+        each = self._world.exchange_evenly(mine.repeat(self._world.size, 1))
         slowest = each.max(0).values.view(-1, len(_SIZES)).tolist()
         few, many = _SIZES
         for name, (short_s, long_s) in zip(self.candidates, slowest, strict=True):
@@ -84,19 +89,14 @@ class Auto:
     ) -> Tensor:
         return self.candidates[self.chosen].combine(outbox, receipt, shared, shared_weights)
 
-    def _time(
-        self, dispatcher: Dispatcher, layer: int, rows: Tensor, routing: Routing
-    ) -> list[float]:
-        times_s = []
-        for _ in range(_SAMPLES):
-            start_s = time.perf_counter()
-            dispatcher.begin_step([rows.shape[0]] * self._world.size)
-            inbox, receipt = dispatcher.dispatch(layer, rows, routing)
-            dispatcher.combine(inbox.rows[inbox.row_of_pair], receipt)
-            times_s.append(time.perf_counter() - start_s)
-        return times_s
+    def _time_s(self, dispatcher: Dispatcher, layer: int, rows: Tensor, routing: Routing) -> float:
+        start_s = time.perf_counter()
+        dispatcher.begin_step([rows.shape[0]] * self._world.size)
+        inbox, receipt = dispatcher.dispatch(layer, rows, routing)
+        dispatcher.combine(inbox.rows[inbox.row_of_pair], receipt)
+        return time.perf_counter() - start_s
 
 
-def build(world: World, layout: Layout, combine: Callable[..., Tensor]) -> Auto:
+def build(world: World, layout: Layout, kernels: Kernels) -> Auto:
     """Build the dispatcher of this rank; `fit` it before the first step."""
-    return Auto(world, layout, combine)
+    return Auto(world, layout, kernels)
