@@ -9,17 +9,18 @@ from torch import Tensor
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Receipt
+from moe_serve.kernels.suite import Kernels
 
 Meanwhile = Callable[[], None] | None
 
 
 class Between:
-    """A dispatcher of one rank: the ranks, where experts are, and the kernel that sums."""
+    """A dispatcher of one rank: the ranks, where experts are, and the kernels."""
 
-    def __init__(self, world: World, layout: Layout, combine: Callable[..., Tensor]) -> None:
+    def __init__(self, world: World, layout: Layout, kernels: Kernels) -> None:
         self._world = world
         self._layout = layout
-        self._combine = combine
+        self._kernels = kernels
         self._num_tokens: list[int] = [0] * world.size
 
     def begin_step(self, num_tokens: Sequence[int]) -> None:
@@ -35,7 +36,9 @@ class Between:
     ) -> Tensor:
         """See `comm.base.Dispatcher`."""
         home = self._send_back(outbox, receipt)
-        return self._combine(home, receipt.pair_of_choice, receipt.weights, shared, shared_weights)
+        return self._kernels.combine(
+            home, receipt.pair_of_choice, receipt.weights, shared, shared_weights
+        )
 
     def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:
         """Return the results of this rank's own choices, where `pair_of_choice` has them."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_serve.kernels.exchange.base import Replicas
+
 
 class Layout:
     """A placement as seen from one rank; `place` changes it, between steps.
@@ -39,8 +41,7 @@ class Layout:
         self._held_keys: list[Tensor] = [torch.empty(0)] * size
         self._num_held: list[list[int]] = [[]] * size
         self._held: list[Tensor] = [torch.empty(0)] * size
-        self._candidates: list[Tensor] = [torch.empty(0)] * size
-        self._counts: list[Tensor] = [torch.empty(0)] * size
+        self._replicas = [Replicas(torch.empty(0), torch.empty(0))] * size
         for layer, ranks_of_expert in zip(layers, holders, strict=True):
             self._place(layer, ranks_of_expert)
 
@@ -66,10 +67,10 @@ class Layout:
             near = [other for other in ranks if other // self._ranks_per_node == node]
             chosen.append([self.rank] if self.rank in ranks else near or list(ranks))
         most = max(map(len, chosen))
-        self._candidates[index] = torch.tensor(
-            [ranks + ranks[:1] * (most - len(ranks)) for ranks in chosen]
+        self._replicas[index] = Replicas(
+            torch.tensor([ranks + ranks[:1] * (most - len(ranks)) for ranks in chosen]),
+            torch.tensor([len(ranks) for ranks in chosen]),
         )
-        self._counts[index] = torch.tensor([len(ranks) for ranks in chosen])
 
     def num_held(self, layer: int) -> list[int]:
         """Return how many experts of a layer each rank holds."""
@@ -83,11 +84,14 @@ class Layout:
         """Return rank * num_experts + expert of all that any rank holds, int64, rising."""
         return self._held_keys[self._index[layer]]
 
+    def replicas(self, layer: int) -> Replicas:
+        """Return the ranks among which this rank's tokens choose, for each expert of a layer."""
+        return self._replicas[self._index[layer]]
+
     def choose(self, layer: int, expert_ids: Tensor) -> Tensor:
         """Return the rank for each choice, int64 [num_tokens, top_k] like `expert_ids`."""
-        layer = self._index[layer]
-        candidates = self._candidates[layer]
-        if candidates.shape[1] == 1:
-            return candidates[:, 0][expert_ids]
-        turn = torch.arange(expert_ids.shape[0])[:, None] % self._counts[layer][expert_ids]
-        return candidates[expert_ids, turn]
+        ranks, counts = self.replicas(layer)
+        if ranks.shape[1] == 1:
+            return ranks[:, 0][expert_ids]
+        turn = torch.arange(expert_ids.shape[0])[:, None] % counts[expert_ids]
+        return ranks[expert_ids, turn]

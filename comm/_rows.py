@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from moe_serve.comm._between import Between
+from moe_serve.comm._buffers import Buffers
+from moe_serve.comm._layout import Layout
+from moe_serve.comm._world import World
 from moe_serve.comm.base import Inbox, Receipt
+from moe_serve.kernels.exchange.base import Packed, RowPlan, row_bytes
+from moe_serve.kernels.suite import Kernels
 from moe_serve.types import Routing
-
-_NAME = torch.int16  # what names an expert on the way; -1: one of another rank
 
 
 @dataclass(frozen=True, slots=True)
 class RowsReceipt(Receipt):
     """And how results go back: pairs for each rank, and this rank's own from each.
 
-    order: int64 [num_pairs], where in the rows' order each pair of the inbox is.
+    place_of_pair: int64 [num_pairs], where among the results each pair of the inbox goes.
     """
 
-    order: Tensor
+    place_of_pair: Tensor
     pairs_in: Sequence[int]
     pairs_out: Sequence[int]
 
@@ -30,55 +33,64 @@ class RowsReceipt(Receipt):
 class RowsOnce(Between):
     """Gets rows with the experts they are for; sends back a row for each of those."""
 
+    def __init__(self, world: World, layout: Layout, kernels: Kernels) -> None:
+        super().__init__(world, layout, kernels)
+        self._buffers = Buffers()
+
+    def _pack(
+        self, layer: int, hidden: Tensor, routing: Routing, plan: RowPlan
+    ) -> tuple[Tensor, Packed]:
+        """Return rows as they travel, uint8 [plan.num_rows, row_bytes], and what they are."""
+        num_tokens, top_k = routing.expert_ids.shape
+        size = row_bytes(hidden.shape[1], hidden.dtype, top_k)
+        num_rows = plan.num_rows(num_tokens, top_k)
+        rows = self._buffers.take("out", num_rows, size, torch.uint8)
+        replicas = self._layout.replicas(layer)
+        return rows, self._kernels.pack_rows(hidden, routing.expert_ids, replicas, plan, rows)
+
+    def _room(self, num_rows: int, like: Tensor) -> Tensor:
+        """Return room for rows to come, as many bytes each as in `like`."""
+        return self._buffers.take("in", num_rows, like.shape[1], torch.uint8)
+
+    def _unpack(
+        self,
+        came: Tensor,
+        in_rows: Tensor | None,
+        hidden: Tensor,
+        top_k: int,
+        plan: RowPlan,
+    ) -> tuple[Inbox, Tensor, Tensor]:
+        """Return the inbox, the place of each pair's result, and how many go to each rank."""
+        rows = self._buffers.take("rows", came.shape[0], hidden.shape[1], hidden.dtype)
+        num_experts = self._layout.num_experts
+        unpacked = self._kernels.unpack_rows(came, in_rows, num_experts, top_k, plan, rows)
+        inbox = Inbox(unpacked.rows, unpacked.row_of_pair, unpacked.counts)
+        return inbox, unpacked.place_of_pair, unpacked.pairs_of_rank
+
     def _received(
-        self, packed: Tensor, in_rows: Sequence[int], hidden: Tensor, routing: Routing, to: Tensor
+        self,
+        came: Tensor,
+        in_rows: Tensor,
+        hidden: Tensor,
+        routing: Routing,
+        plan: RowPlan,
+        packed: Packed,
     ) -> tuple[Inbox, RowsReceipt]:
-        """Return inbox and receipt. to: the rank of each of this rank's own choices."""
-        rows, experts = unpack(packed, hidden, to.shape[1])
-        inbox, order = inbox_of(rows, experts, self._layout.num_experts)
-        ends = torch.tensor(in_rows).cumsum(0)
-        pairs_before = (experts >= 0).sum(1).cumsum(0)
-        before = torch.cat([pairs_before.new_zeros(1), pairs_before])[ends].tolist()
-        pairs_out = [end - begin for begin, end in zip([0, *before[:-1]], before, strict=True)]
-        pairs_in = to.flatten().bincount(minlength=self._world.size).tolist()
-        return inbox, RowsReceipt(_places(to), routing.weights, order, pairs_in, pairs_out)
+        """Return inbox and receipt, where no more results go back than there are."""
+        top_k = routing.expert_ids.shape[1]
+        inbox, places, pairs_out = self._unpack(came, in_rows, hidden, top_k, plan)
+        return inbox, RowsReceipt(
+            packed.place_of_choice,
+            routing.weights,
+            places,
+            packed.pairs_of_rank.tolist(),
+            pairs_out.tolist(),
+        )
 
     def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:
         assert isinstance(receipt, RowsReceipt)
-        back = torch.empty_like(outbox)
-        back[receipt.order] = outbox
-        return self._world.exchange(back, receipt.pairs_out, receipt.pairs_in)
-
-
-def pack(hidden: Tensor, token_of_row: Tensor, experts: Tensor) -> Tensor:
-    """Return uint8 [num_rows, bytes]: a token each, and its experts there, int16 [top_k]."""
-    rows = hidden[token_of_row].contiguous().view(torch.uint8)
-    names = torch.empty(experts.shape, dtype=_NAME).copy_(experts)  # packed, also of no row
-    return torch.cat([rows, names.view(torch.uint8)], 1)
-
-
-def unpack(packed: Tensor, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return rows like `hidden`, and experts int64 [num_rows, top_k], -1 for those elsewhere."""
-    size = hidden.shape[1] * hidden.element_size()
-    rows = packed[:, :size].reshape(-1).view(hidden.dtype)
-    experts = packed[:, size:].reshape(-1).view(_NAME)
-    return rows.view(-1, hidden.shape[1]), experts.view(-1, top_k).long()
-
-
-def inbox_of(rows: Tensor, experts: Tensor, num_experts: int) -> tuple[Inbox, Tensor]:
-    """Return the inbox, and where each of its pairs is in the order of rows and choices."""
-    row, choice = (experts >= 0).nonzero(as_tuple=True)
-    expert = experts[row, choice]
-    order = expert.argsort(stable=True)
-    return Inbox(rows, row[order], expert.bincount(minlength=num_experts)), order
-
-
-def _places(ranks: Tensor) -> Tensor:
-    """Return where each choice's result is once all came back, int64 [num_tokens, top_k].
-
-    Results come rank by rank, and of one rank in the order of tokens and choices.
-    """
-    order = ranks.flatten().argsort(stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
-    return places.view_as(ranks)
+        num_pairs, size = outbox.shape
+        results = self._buffers.take("results", num_pairs, size, outbox.dtype)
+        self._kernels.scatter_rows(outbox, receipt.place_of_pair, results)
+        home = self._buffers.take("home", sum(receipt.pairs_in), size, outbox.dtype)
+        return self._world.exchange(results, receipt.pairs_out, receipt.pairs_in, into=home)

@@ -33,25 +33,58 @@ class World:
         out_rows: Sequence[int],
         in_rows: Sequence[int],
         meanwhile: Callable[[], None] | None = None,
+        into: Tensor | None = None,
     ) -> Tensor:
         """Send rows to every rank, and return what came from each, in the order of ranks.
 
         rows: [sum(out_rows), width], contiguous, those for rank 0 first; out_rows, in_rows: how
         many go to and come from each rank, this one too. Every rank must call it, also with none.
-        meanwhile: called while they are on their way. Raises CommError when a rank is gone, or does
-        not come within the group's timeout.
+        meanwhile: called while they are on their way. into: [sum(in_rows), width], for what comes,
+        else it is new. Raises CommError when a rank is gone, or does not come within the group's
+        timeout.
         """
-        width = rows.shape[1]
-        assert rows.shape[0] == sum(out_rows), (rows.shape, out_rows)
-        out = rows.new_empty(sum(in_rows), width)
+        num_out, num_in, width = sum(out_rows), sum(in_rows), rows.shape[1]
+        assert rows.shape[0] == num_out, (rows.shape, out_rows)
+        out = rows.new_empty(num_in, width) if into is None else into
+        assert out.shape == (num_in, width), (out.shape, num_in, width)
+        self._all_to_all(out, rows.contiguous(), list(in_rows), list(out_rows), meanwhile)
+        self.bytes_sent += (num_out - out_rows[self.rank]) * width * rows.element_size()
+        return out
+
+    def exchange_evenly(
+        self,
+        rows: Tensor,
+        meanwhile: Callable[[], None] | None = None,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """Send equally many rows to every rank, [size * each, width]; else as `exchange`."""
+        assert rows.shape[0] % self.size == 0, (rows.shape, self.size)
+        out = torch.empty_like(rows) if into is None else into
+        assert out.shape == rows.shape, (out.shape, rows.shape)
+        self._all_to_all(out, rows.contiguous(), None, None, meanwhile)
+        self.bytes_sent += rows.nbytes // self.size * (self.size - 1)
+        return out
+
+    def share(self, row: bytes) -> list[bytes]:
+        """Return every rank's row, by rank; all have the same length. One collective."""
+        mine = torch.frombuffer(bytearray(row), dtype=torch.uint8).repeat(self.size, 1)
+        return [bytes(one.tolist()) for one in self.exchange_evenly(mine)]
+
+    def _all_to_all(
+        self,
+        out: Tensor,
+        rows: Tensor,
+        in_rows: list[int] | None,
+        out_rows: list[int] | None,
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
         # as bytes: gloo does not know every type, and no type is needed to move them
-        size = width * rows.element_size()
         try:
             work = dist.all_to_all_single(
-                out.view(torch.uint8).view(-1),
-                rows.contiguous().view(torch.uint8).view(-1),
-                [count * size for count in in_rows],
-                [count * size for count in out_rows],
+                out.view(torch.uint8),
+                rows.view(torch.uint8),
+                in_rows,
+                out_rows,
                 group=self._group,
                 async_op=meanwhile is not None,
             )
@@ -63,11 +96,3 @@ class World:
                 f"rank {self.rank} of {self.size}: another rank is gone or does not answer: {error}"
             ) from error
         self.num_collectives += 1
-        self.bytes_sent += (sum(out_rows) - out_rows[self.rank]) * size
-        return out
-
-    def share(self, row: bytes) -> list[bytes]:
-        """Return every rank's row, by rank; all have the same length. One collective."""
-        mine = torch.frombuffer(bytearray(row), dtype=torch.uint8).repeat(self.size, 1)
-        ones = [1] * self.size
-        return [bytes(one.tolist()) for one in self.exchange(mine, ones, ones)]

@@ -1,13 +1,13 @@
 """The fastest of the exact dispatchers for each step, by times measured at start.
 
-Every rank times each of them on two sizes, ranks exchange their times and fit the same line, so
-that all choose alike from the step's token counts, and nobody has to tell.
+Every rank times each of them on some sizes, and ranks exchange their times, so that all choose
+alike from the step's token counts, and nobody has to tell.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,27 +17,30 @@ from moe_serve.comm._between import Meanwhile
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Dispatcher, Inbox, Receipt
+from moe_serve.kernels.suite import Kernels
 from moe_serve.types import Routing
 
-_SIZES = (1, 64)  # tokens a rank
-_SAMPLES = 7
+# tokens a rank; the last beyond static's slots, whose rounds begin there
+_SIZES = (1, 8, 64, 256)
+_SAMPLES = 5
+_REPEATS = 3  # calls a sample: ranks do not begin the first at once
 
 
 class Auto:
     """See `comm.base.Dispatcher`. Until `fit` was called it is per_expert."""
 
-    def __init__(self, world: World, layout: Layout, combine: Callable[..., Tensor]) -> None:
+    def __init__(self, world: World, layout: Layout, kernels: Kernels) -> None:
         self._world = world
         self._layout = layout
         self.candidates: dict[str, Dispatcher] = {
-            module.__name__.rpartition(".")[2]: module.build(world, layout, combine)
+            module.__name__.rpartition(".")[2]: module.build(world, layout, kernels)
             for module in (per_expert, dedup, all_gather, static)
         }
-        self._lines: dict[str, tuple[float, float]] = {}
+        self._times_s: dict[str, list[float]] = {}
         self.chosen = "per_expert"
 
-    def fit(self, layer: int, hidden: Tensor, top_k: int) -> dict[str, tuple[float, float]]:
-        """Time every candidate; return seconds at no token, and for each more, by name.
+    def fit(self, layer: int, hidden: Tensor, top_k: int) -> dict[str, list[float]]:
+        """Time every candidate; return the seconds of the slowest rank at each size, by name.
 
         All ranks must call it at once. layer: by the model's number; hidden: [1, hidden_size], of
         the model's dtype.
@@ -45,29 +48,29 @@ class Auto:
         num_experts = self._layout.num_experts
         source = torch.Generator().manual_seed(self._world.rank)
         found = []
-        for dispatcher in self.candidates.values():
-            for num_tokens in _SIZES:
-                ids = torch.rand(num_tokens, num_experts, generator=source).argsort(1)[:, :top_k]
-                routing = Routing(ids, torch.full((num_tokens, top_k), 1.0 / top_k))
-                rows = hidden.expand(num_tokens, -1).contiguous()
-                found.append(min(self._time(dispatcher, layer, rows, routing)))
-        mine = torch.tensor(found, dtype=torch.float64)
-        size = self._world.size
-        each = self._world.exchange(mine.repeat(size, 1), [1] * size, [1] * size)
-        slowest = each.max(0).values.view(-1, len(_SIZES)).tolist()
-        few, many = _SIZES
-        for name, (short_s, long_s) in zip(self.candidates, slowest, strict=True):
-            per_token = max(0.0, (long_s - short_s) / (many - few))
-            self._lines[name] = short_s - few * per_token, per_token
-        return dict(self._lines)
+        for num_tokens in _SIZES:
+            ids = torch.rand(num_tokens, num_experts, generator=source).argsort(1)[:, :top_k]
+            routing = Routing(ids, torch.full((num_tokens, top_k), 1.0 / top_k))
+            rows = hidden.expand(num_tokens, -1).contiguous()
+            # in turns, so that what else the machine does meets all alike; the first warms up
+            samples = [
+                [self._time_s(one, layer, rows, routing) for one in self.candidates.values()]
+                for _ in range(1 + _SAMPLES)
+            ]
+            found.append(samples[1:])
+        mine = torch.tensor(found, dtype=torch.float64)  # [sizes, samples, candidates]
+        each = self._world.exchange_evenly(mine.view(1, -1).repeat(self._world.size, 1))
+        slowest = each.max(0).values.view(mine.shape)
+        # the lower quartile: a core lent to others costs more than candidates differ by
+        typical = slowest.sort(1).values[:, _SAMPLES // 4]
+        self._times_s = dict(zip(self.candidates, typical.T.tolist(), strict=True))
+        return self._times_s
 
     def begin_step(self, num_tokens: Sequence[int]) -> None:
         """Choose for the rank with most tokens: the others wait for it anyway."""
-        if self._lines:
+        if self._times_s:
             most = max(num_tokens)
-            self.chosen = min(
-                self._lines, key=lambda name: self._lines[name][0] + most * self._lines[name][1]
-            )
+            self.chosen = min(self._times_s, key=lambda name: seconds_at(most, self._times_s[name]))
         self.candidates[self.chosen].begin_step(num_tokens)
 
     def dispatch(
@@ -84,19 +87,23 @@ class Auto:
     ) -> Tensor:
         return self.candidates[self.chosen].combine(outbox, receipt, shared, shared_weights)
 
-    def _time(
-        self, dispatcher: Dispatcher, layer: int, rows: Tensor, routing: Routing
-    ) -> list[float]:
-        times_s = []
-        for _ in range(_SAMPLES):
-            start_s = time.perf_counter()
+    def _time_s(self, dispatcher: Dispatcher, layer: int, rows: Tensor, routing: Routing) -> float:
+        start_s = time.perf_counter()
+        for _ in range(_REPEATS):
             dispatcher.begin_step([rows.shape[0]] * self._world.size)
             inbox, receipt = dispatcher.dispatch(layer, rows, routing)
             dispatcher.combine(inbox.rows[inbox.row_of_pair], receipt)
-            times_s.append(time.perf_counter() - start_s)
-        return times_s
+        return (time.perf_counter() - start_s) / _REPEATS
 
 
-def build(world: World, layout: Layout, combine: Callable[..., Tensor]) -> Auto:
+def seconds_at(num_tokens: int, times_s: Sequence[float]) -> float:
+    """Return the time at so many tokens: on straight lines between `_SIZES`, on the last beyond."""
+    last = sum(num_tokens > size for size in _SIZES[1:-1])
+    few, many = _SIZES[last], _SIZES[last + 1]
+    per_token = max(0.0, (times_s[last + 1] - times_s[last]) / (many - few))
+    return times_s[last] + (num_tokens - few) * per_token
+
+
+def build(world: World, layout: Layout, kernels: Kernels) -> Auto:
     """Build the dispatcher of this rank; `fit` it before the first step."""
-    return Auto(world, layout, combine)
+    return Auto(world, layout, kernels)

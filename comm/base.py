@@ -16,13 +16,12 @@ from moe_serve.types import Routing
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """What this rank must compute.
+    """What this rank must compute. Read it before the next dispatch: its rows' memory is kept.
 
     rows: [num_received, hidden_size]. row_of_pair: int64 [num_pairs], the row of each (token,
     expert) pair, pairs sorted by expert; counts: int64 [num_experts], pairs of each expert, 0 for
-    those of other ranks. returns: "rows",
-    one result per pair, or "sums", one per row, already weighted by `weights` (float32 [num_pairs],
-    else None).
+    those of other ranks. returns: "rows", one result per pair, or "sums", one per row, already
+    weighted by `weights` (float32 [num_pairs], else None).
     """
 
     rows: Tensor

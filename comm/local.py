@@ -7,21 +7,17 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from moe_serve.comm.base import Inbox, Receipt
+from moe_serve.kernels.suite import Kernels
 from moe_serve.types import Routing
 
 
 class LocalDispatcher:
     """See `comm.base.Dispatcher`."""
 
-    def __init__(
-        self,
-        num_experts: int,
-        sort_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]],
-        combine: Callable[..., Tensor],
-    ) -> None:
+    def __init__(self, num_experts: int, kernels: Kernels) -> None:
         self.num_experts = num_experts
-        self._sort_pairs = sort_pairs
-        self._combine = combine
+        self._sort_pairs = kernels.sort_pairs
+        self._combine = kernels.combine
 
     def begin_step(self, num_tokens: Sequence[int]) -> None:
         """One rank needs no agreement."""
@@ -50,10 +46,6 @@ class LocalDispatcher:
         )
 
 
-def build(
-    num_experts: int,
-    sort_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]],
-    combine: Callable[..., Tensor],
-) -> LocalDispatcher:
+def build(num_experts: int, kernels: Kernels) -> LocalDispatcher:
     """Build the dispatcher for layers of `num_experts` experts, all in this process."""
-    return LocalDispatcher(num_experts, sort_pairs, combine)
+    return LocalDispatcher(num_experts, kernels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from moe_serve.comm._between import Between, Meanwhile
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Inbox, Receipt
+from moe_serve.kernels.suite import Kernels
 from moe_serve.types import Routing
 
 
@@ -57,6 +58,6 @@ class PerExpert(Between):
         return self._world.exchange(back, receipt.in_rows, receipt.out_rows)
 
 
-def build(world: World, layout: Layout, combine: Callable[..., Tensor]) -> PerExpert:
+def build(world: World, layout: Layout, kernels: Kernels) -> PerExpert:
     """Build the dispatcher of this rank."""
-    return PerExpert(world, layout, combine)
+    return PerExpert(world, layout, kernels)

@@ -9,17 +9,19 @@ have fixed shapes: what is between them depends on the routing, and no CUDA grap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_serve.comm._between import Between, Meanwhile
+from moe_serve.comm._between import Meanwhile
 from moe_serve.comm._layout import Layout
-from moe_serve.comm._rows import inbox_of, pack, unpack
+from moe_serve.comm._rows import RowsOnce
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Inbox, Receipt
+from moe_serve.kernels.exchange.base import RowPlan
+from moe_serve.kernels.suite import Kernels
 from moe_serve.types import Routing
 
 MOST_ROWS = 64
@@ -27,17 +29,17 @@ MOST_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class StaticReceipt(Receipt):
-    """place: int64 [num_pairs], where in the buffer of results each pair of the inbox goes."""
+    """place_of_pair: int64 [num_pairs], where in the slots for results each pair's goes."""
 
-    place: Tensor
-    width: int
+    place_of_pair: Tensor
+    num_slots: int
 
 
-class Static(Between):
+class Static(RowsOnce):
     """See `comm.base.Dispatcher`."""
 
-    def __init__(self, world: World, layout: Layout, combine: Callable[..., Tensor]) -> None:
-        super().__init__(world, layout, combine)
+    def __init__(self, world: World, layout: Layout, kernels: Kernels) -> None:
+        super().__init__(world, layout, kernels)
         self._capacity = self._rounds = 1
 
     def begin_step(self, num_tokens: Sequence[int]) -> None:
@@ -49,52 +51,34 @@ class Static(Between):
     def dispatch(
         self, layer: int, hidden: Tensor, routing: Routing, meanwhile: Meanwhile = None
     ) -> tuple[Inbox, Receipt]:
-        world, layout = self._world, self._layout
-        ranks = layout.choose(layer, routing.expert_ids)
-        num_tokens, top_k = ranks.shape
-        width = min(top_k, max(layout.num_held(layer)))
-        capacity, size = self._capacity, world.size
-        room = self._rounds * capacity
-        assert num_tokens <= room, "the step has said another number"
-        every = torch.arange(size)[:, None, None]
-        is_there = ranks == every  # [ranks, tokens, top_k]
-        for_rank = torch.full((size, room, top_k), -1)
-        for_rank[:, :num_tokens] = routing.expert_ids.where(is_there, -1)
-        padded = hidden.new_zeros(room, hidden.shape[1])
-        padded[:num_tokens] = hidden
-        each = [capacity] * size
-        rows, came = [], []
-        for number in range(self._rounds):
-            part = slice(number * capacity, (number + 1) * capacity)
-            token_of_row = torch.arange(part.start, part.stop).repeat(size)
-            packed = pack(padded, token_of_row, for_rank[:, part].reshape(-1, top_k))
-            came_now = world.exchange(packed, each, each, None if number else meanwhile)
-            some_rows, some_experts = unpack(came_now, hidden, top_k)
-            rows.append(some_rows)
-            came.append(some_experts)
-        experts = torch.cat(came)  # [rounds * ranks * capacity, top_k]
-        inbox, order = inbox_of(torch.cat(rows), experts, layout.num_experts)
-        is_here = experts >= 0
-        turn = is_here.cumsum(1) - 1  # of a row's pairs here, the first, the second, ...
-        place = inbox.row_of_pair * width + turn[is_here][order]
-        # where this rank's results come back: round, rank, row, turn
-        own_turn = (is_there.cumsum(2) - 1).gather(0, ranks[None])[0]
-        token = torch.arange(num_tokens)[:, None]
-        of_round = token // capacity * size + ranks
-        back = (of_round * capacity + token % capacity) * width + own_turn
-        return inbox, StaticReceipt(back, routing.weights, place, width)
+        top_k = routing.expert_ids.shape[1]
+        width = min(top_k, max(self._layout.num_held(layer)))
+        plan = RowPlan(self._world.size, self._capacity, self._rounds, width)
+        assert hidden.shape[0] <= self._rounds * self._capacity, "the step has said another number"
+        rows, packed = self._pack(layer, hidden, routing, plan)
+        came = self._in_rounds(rows, self._room(rows.shape[0], rows), meanwhile)
+        inbox, places, _ = self._unpack(came, None, hidden, top_k, plan)
+        num_slots = rows.shape[0] * width
+        return inbox, StaticReceipt(packed.place_of_choice, routing.weights, places, num_slots)
 
     def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:
         assert isinstance(receipt, StaticReceipt)
-        in_round = self._world.size * self._capacity * receipt.width
-        buffer = outbox.new_zeros(self._rounds * in_round, outbox.shape[1])
-        buffer[receipt.place] = outbox
-        each = [self._capacity * receipt.width] * self._world.size
-        return torch.cat(
-            [self._world.exchange(part, each, each) for part in torch.split(buffer, in_round)]
-        )
+        num_slots, size, dtype = receipt.num_slots, outbox.shape[1], outbox.dtype
+        results = self._buffers.take("results", num_slots, size, dtype)
+        self._kernels.scatter_rows(outbox, receipt.place_of_pair, results)
+        return self._in_rounds(results, self._buffers.take("home", num_slots, size, dtype))
+
+    def _in_rounds(self, rows: Tensor, into: Tensor, meanwhile: Meanwhile = None) -> Tensor:
+        """Exchange [rounds, ranks, ...], a collective each; return what came, which is `into`."""
+        if self._rounds == 1:
+            return self._world.exchange_evenly(rows, meanwhile, into)
+        in_round = rows.shape[0] // self._rounds
+        parts = zip(torch.split(rows, in_round), torch.split(into, in_round), strict=True)
+        for number, (part, into_part) in enumerate(parts):
+            self._world.exchange_evenly(part, None if number else meanwhile, into_part)
+        return into
 
 
-def build(world: World, layout: Layout, combine: Callable[..., Tensor]) -> Static:
+def build(world: World, layout: Layout, kernels: Kernels) -> Static:
     """Build the dispatcher of this rank."""
-    return Static(world, layout, combine)
+    return Static(world, layout, kernels)

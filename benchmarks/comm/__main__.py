@@ -7,15 +7,15 @@ bits.
 
     python -m benchmarks.comm [--ranks 4] [--tokens 1,8,64,512] [--rounds 9] [--save]
 
-Limits: bytes that each layout must send a token (uniform routing, exact expectation); for times
-there is none but per_expert, which the ratios are to.
+Limits: of bytes, what each layout must send for the routing used ("needed", and "/need" the ratio
+to it) and on average for uniform routing ("mean"); of time, two exchanges of as many bytes as auto
+sends, with nothing between them ("bare"; "/bare" is the ratio to them).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import socket
 import statistics
@@ -24,32 +24,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comm.shape import COLLECTIVES, NAMES, Shape
+from benchmarks.comm.bounds import expected_bytes
+from benchmarks.comm.shape import BARE, COLLECTIVES, NAMES, Shape
 from benchmarks.results import Row, recorded_command, write_results
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def least_bytes(name: str, shape: Shape, ranks: int) -> float | None:
-    """Return the bytes that a token must send to other ranks and get back, or None.
-
-    Uniform routing, experts spread evenly: every choice is elsewhere with (ranks - 1) / ranks; a
-    rank is visited unless all choices are among the experts of the others (hypergeometric).
-    """
-    row = shape.hidden_size * 2
-    away = (ranks - 1) / ranks
-    pairs = shape.top_k * away
-    here = shape.num_experts // ranks
-    missed = math.comb(shape.num_experts - here, shape.top_k) / math.comb(
-        shape.num_experts, shape.top_k
-    )
-    visited = (ranks - 1) * (1 - missed)
-    names = 2 * shape.top_k  # the slots that travel with a row
-    return {
-        "per_expert": 2 * pairs * row,
-        "dedup": visited * (row + names) + pairs * row,
-        "all_gather": (ranks - 1) * (row + names) + pairs * row,
-    }.get(name)
 
 
 def run_ranks(ranks: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
@@ -84,6 +63,62 @@ def run_ranks(ranks: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
     return [json.loads(text) for text in printed]
 
 
+def slowest_ms(found: list[dict[str, Any]], name: str) -> list[float]:
+    """Return each round's time of the slowest rank, as the others wait for it."""
+    return [max(parts) for parts in zip(*(one[name]["ms"] for one in found), strict=True)]
+
+
+def median_ratio(found: list[dict[str, Any]], name: str, other: str) -> float:
+    """Return the median over rounds of one's time by another's."""
+    pairs = zip(slowest_ms(found, name), slowest_ms(found, other), strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def mean_of(found: list[dict[str, Any]], name: str, what: str) -> float | None:
+    """Return a figure's mean over ranks, or None where it has none."""
+    figures = [one[name][what] for one in found]
+    return None if None in figures else statistics.mean(figures)
+
+
+def rows_of(case: str, name: str, found: list[dict[str, Any]]) -> list[Row]:
+    """Return the rows to keep of one dispatcher."""
+    times_ms, bare_ms = slowest_ms(found, name), statistics.median(slowest_ms(found, BARE))
+    sent, needed = (mean_of(found, name, what) for what in ("bytes", "needed"))
+    assert sent is not None
+    return [
+        Row.of(
+            f"{case}, {name}: a layer",
+            times_ms,
+            "ms",
+            limit=bare_ms,
+            ratio=median_ratio(found, name, "per_expert"),
+        ),
+        Row.of(f"{case}, {name}: sent", [sent], "bytes/token", limit=needed),
+        Row.of(
+            f"{case}, {name}: collectives",
+            [found[0][name]["collectives"]],
+            "calls/layer",
+            limit=COLLECTIVES.get(name),
+        ),
+    ]
+
+
+def line_of(name: str, found: list[dict[str, Any]], shape: Shape) -> str:
+    """Return what is printed of one dispatcher."""
+    times_ms, first = sorted(slowest_ms(found, name)), found[0][name]
+    sent, needed = (mean_of(found, name, what) for what in ("bytes", "needed"))
+    assert sent is not None
+    mean = expected_bytes(first["chosen"], shape, len(found))
+    line = (
+        f"{name:>12} {statistics.median(times_ms):>8.2f} {times_ms[len(times_ms) // 4]:>8.2f} "
+        f"{median_ratio(found, name, 'per_expert'):>6.2f} {median_ratio(found, name, BARE):>6.2f} "
+        f"{first['collectives']:>6g} {sent / 1e3:>9.2f}"
+    )
+    line += f" {needed / 1e3:>8.2f} {sent / needed:>6.3f}" if needed else f" {'-':>8} {'-':>6}"
+    line += f" {'-':>8}" if mean is None else f" {mean / 1e3:>8.2f}"
+    return line + (f"  ({first['chosen']})" if name == "auto" else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=4)
@@ -94,38 +129,14 @@ def main() -> None:
     shape, rows = Shape(), []
     print(f"{shape}, {arguments.ranks} ranks, gloo, one thread a rank")
     print(
-        f"{'tokens':>6} {'dispatcher':>12} {'ms':>8} {'p25':>8} {'ratio':>6} {'calls':>6} "
-        f"{'kB/token':>9} {'least':>8}"
+        f"{'tokens':>6} {'dispatcher':>12} {'ms':>8} {'p25':>8} {'ratio':>6} {'/bare':>6} "
+        f"{'calls':>6} {'kB/token':>9} {'needed':>8} {'/need':>6} {'mean':>8}"
     )
     for tokens in map(int, arguments.tokens.split(",")):
         found = run_ranks(arguments.ranks, tokens, arguments.rounds)
-        for name in NAMES:
-            # of a round the slowest rank, as the others wait for it
-            times_ms = [
-                max(parts) for parts in zip(*(one[name]["ms"] for one in found), strict=True)
-            ]
-            base_ms = [
-                max(parts)
-                for parts in zip(*(one["per_expert"]["ms"] for one in found), strict=True)
-            ]
-            ratios = [mine / other for mine, other in zip(times_ms, base_ms, strict=True)]
-            calls = found[0][name]["collectives"]
-            sent = statistics.mean(one[name]["bytes"] for one in found)
-            least = least_bytes(name, shape, arguments.ranks)
-            case = f"{arguments.ranks} ranks, {tokens} tokens a rank, {name}"
-            row = Row.of(f"{case}: a layer", times_ms, "ms", ratio=statistics.median(ratios))
-            rows += [
-                row,
-                Row.of(f"{case}: sent", [sent], "bytes/token", limit=least),
-                Row.of(f"{case}: collectives", [calls], "calls/layer", limit=COLLECTIVES.get(name)),
-            ]
-            shown = "-" if least is None else f"{least / 1e3:.2f}"
-            quarter = sorted(times_ms)[len(times_ms) // 4]
-            print(
-                f"{tokens:>6} {name:>12} {row.median:>8.2f} {quarter:>8.2f} {row.ratio:>6.2f} "
-                f"{calls:>6g} {sent / 1e3:>9.2f} {shown:>8}"
-                + (f"  ({found[0][name]['chosen']})" if name == "auto" else "")
-            )
+        for name in (*NAMES, BARE):
+            rows += rows_of(f"{arguments.ranks} ranks, {tokens} tokens a rank", name, found)
+            print(f"{tokens:>6} {line_of(name, found, shape)}")
     if arguments.save:
         command = recorded_command("benchmarks.comm", sys.argv[1:])
         print(write_results("comm", rows, command=command))

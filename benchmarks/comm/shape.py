@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NAMES = ("per_expert", "dedup", "all_gather", "static", "auto")
+BARE = "bare"  # two exchanges, and nothing else
 COLLECTIVES = {"per_expert": 3, "dedup": 3, "all_gather": 2, "static": 2}
 
 

@@ -7,11 +7,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.comm.shape import NAMES, Shape
+from benchmarks.comm.bounds import needed_bytes
+from benchmarks.comm.shape import BARE, NAMES, Shape
 from moe_serve.comm import auto, local
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
@@ -56,6 +58,21 @@ def layer(
     return dispatcher.combine(outbox, receipt)
 
 
+def bare_exchanges(world: World, bytes_sent: int) -> Callable[[], None]:
+    """Return a call of two even exchanges that together send so many bytes, the ranks' mean."""
+    shared = world.share(bytes_sent.to_bytes(8, "little"))
+    sent = sum(int.from_bytes(row, "little") for row in shared) // world.size
+    each = max(1, sent // 2 // max(1, world.size - 1))
+    rows = torch.zeros(world.size, each, dtype=torch.uint8)
+    into = torch.empty_like(rows)
+
+    def exchange() -> None:
+        for _ in range(2):
+            world.exchange_evenly(rows, into=into)
+
+    return exchange
+
+
 def main() -> None:
     num_tokens, rounds = int(sys.argv[1]), int(sys.argv[2])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -80,36 +97,47 @@ def main() -> None:
     table = table_of(placement.experts_of(rank, LAYER), shape, kernels)
     tokens = [num_tokens] * size
     reference = layer(
-        local.build(shape.num_experts, kernels.sort_pairs, kernels.combine),
+        local.build(shape.num_experts, kernels),
         table_of(list(range(shape.num_experts)), shape, kernels), kernels, tokens, hidden, routing,
     )  # fmt: skip
 
     dispatchers: dict[str, Dispatcher] = {}
     for name in NAMES:
-        dispatchers[name] = load("moe_serve.comm", name).build(world, layout, kernels.combine)
+        dispatchers[name] = load("moe_serve.comm", name).build(world, layout, kernels)
     chooser = dispatchers["auto"]
     assert isinstance(chooser, auto.Auto)
     chooser.fit(LAYER, hidden[:1], top_k)
     found: dict[str, dict[str, object]] = {}
-    times: dict[str, list[float]] = {name: [] for name in NAMES}
-    for dispatcher in dispatchers.values():
-        out = layer(dispatcher, table, kernels, tokens, hidden, routing)
-        assert torch.equal(out, reference), type(dispatcher)
+
+    def once(dispatcher: Dispatcher) -> Callable[[], torch.Tensor]:
+        return lambda: layer(dispatcher, table, kernels, tokens, hidden, routing)
+
+    calls: dict[str, Callable[[], object]] = {}
+    for name, dispatcher in dispatchers.items():
+        calls[name] = once(dispatcher)
+        before = world.bytes_sent
+        assert torch.equal(once(dispatcher)(), reference), name
+    calls[BARE] = bare_exchanges(world, world.bytes_sent - before)  # auto is the last
+    names = tuple(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
-        for turn in range(len(NAMES)):
-            name = NAMES[(turn + number) % len(NAMES)]
+        for turn in range(len(names)):
+            name = names[(turn + number) % len(names)]
             start_s = time.perf_counter()
             for _ in range(REPEATS):
-                layer(dispatchers[name], table, kernels, tokens, hidden, routing)
+                calls[name]()
             times[name].append((time.perf_counter() - start_s) / REPEATS * 1e3)
-    for name, dispatcher in dispatchers.items():
-        calls, sent = world.num_collectives, world.bytes_sent
-        layer(dispatcher, table, kernels, tokens, hidden, routing)
+    ranks = layout.choose(LAYER, routing.expert_ids)
+    for name in names:
+        collectives, sent = world.num_collectives, world.bytes_sent
+        calls[name]()
+        chosen = chooser.chosen if name == "auto" else name
         found[name] = {
             "ms": times[name],
-            "collectives": world.num_collectives - calls,
+            "collectives": world.num_collectives - collectives,
             "bytes": (world.bytes_sent - sent) / num_tokens,
-            "chosen": chooser.chosen if name == "auto" else name,
+            "needed": needed_bytes(chosen, shape, ranks, rank, size),
+            "chosen": chosen,
         }
     print(json.dumps(found))
     dist.destroy_process_group()

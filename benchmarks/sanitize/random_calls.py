@@ -22,6 +22,7 @@ from benchmarks.sanitize.random_models import forward
 from benchmarks.sanitize.random_shapes import count_of, dtype_of, size_of
 from moe_serve.experts import records
 from moe_serve.kernels import suite
+from moe_serve.kernels.exchange.base import Replicas, RowPlan, row_bytes
 from moe_serve.kernels.forward import cpu as forward_cpu
 from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.moe.base import ExpertTable, plain_weights
@@ -157,6 +158,34 @@ def moe(kernels: Kernels, chance: random.Random) -> Iterable[Tensor]:
     yield kernels.silu_and_mul(torch.randn(num_tokens, 2 * inner_size).to(dtype))
 
 
+def exchange(kernels: Kernels, chance: random.Random) -> Iterable[Tensor]:
+    dtype, size, num_tokens = dtype_of(chance), size_of(chance, 150), count_of(chance, 60)
+    num_ranks, num_experts = chance.randint(1, 8), chance.randint(1, 40)
+    top_k, most = chance.randint(1, min(8, num_experts)), chance.randint(1, num_ranks)
+    replicas = Replicas(
+        torch.rand(num_experts, num_ranks).argsort(1)[:, :most].contiguous(),
+        torch.randint(1, most + 1, (num_experts,)),
+    )
+    ids = torch.rand(num_tokens, num_experts).argsort(1)[:, :top_k].contiguous()
+    capacity = chance.choice([None, num_tokens, 1 + num_tokens // 3])
+    rounds = -(-num_tokens // capacity) if capacity else 1
+    width = chance.choice([None, top_k])
+    plan = RowPlan(num_ranks, capacity, rounds, width)
+    num_rows = plan.num_rows(num_tokens, top_k)
+    out = torch.zeros(num_rows, row_bytes(size, dtype, top_k), dtype=torch.uint8)
+    packed = kernels.pack_rows(torch.randn(num_tokens, size).to(dtype), ids, replicas, plan, out)
+    yield from packed
+    # what goes to all ranks, as if it came from all
+    came = out[: int(packed.rows_of_rank.sum())]
+    room = torch.empty(came.shape[0], size, dtype=dtype)
+    got = kernels.unpack_rows(came, packed.rows_of_rank, num_experts, top_k, plan, room)
+    yield from got
+    num_results = num_tokens * top_k if width is None else came.shape[0] * width
+    results = torch.zeros(num_results, size, dtype=dtype)
+    kernels.scatter_rows(got.rows[got.row_of_pair], got.place_of_pair, results)
+    yield results
+
+
 def paged_attention(kernels: Kernels, chance: random.Random) -> Iterable[Tensor]:
     dtype, head_dim, block_size = dtype_of(chance), 2 * size_of(chance, 70), chance.randint(1, 64)
     kv_heads = chance.randint(1, 4)
@@ -226,6 +255,7 @@ CALLS: tuple[Call, ...] = (
     rope_write_kv,
     route,
     moe,
+    exchange,
     paged_attention,
     sampling,
 )

@@ -147,7 +147,7 @@ class RankParts:
         layout = Layout(
             share.placement.ranks, mesh.num_ranks, mesh.ranks_per_node, share.layers, share.rank
         )
-        self._progress = Progress(module.build(self.world, layout, kernels.combine), layout)
+        self._progress = Progress(module.build(self.world, layout, kernels), layout)
         return self._progress
 
     def meet(self, model: Decoder, top_k: int) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 from moe_serve.errors import ConfigError
 from moe_serve.kernels.combine import cpu as combine_cpu
 from moe_serve.kernels.combine import reference as combine_reference
+from moe_serve.kernels.exchange import cpu as exchange_cpu
+from moe_serve.kernels.exchange import reference as exchange_reference
+from moe_serve.kernels.exchange.base import Packed, Unpacked
 from moe_serve.kernels.forward import cpu as forward_cpu
 from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.linear import reference as linear_reference
@@ -68,6 +71,9 @@ class Kernels:
     moe: Callable[..., Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
     combine: Callable[..., Tensor]
+    pack_rows: Callable[..., Packed]
+    unpack_rows: Callable[..., Unpacked]
+    scatter_rows: Callable[[Tensor, Tensor, Tensor], None]
     sampling: Sampling
     build_forward: Callable[..., forward_cpu.Forward] | None = None
 
@@ -104,6 +110,7 @@ def load(name: str = "auto", isa: str = "auto") -> Kernels:
 def _cpu(native: loader.Native, reason: str) -> Kernels:
     linear, norm = linear_cpu.LinearKernels(native), norm_cpu.NormKernels(native)
     router, moe = router_cpu.RouterKernels(native), moe_cpu.MoeKernels(native)
+    exchange = exchange_cpu.ExchangeKernels(native)
     return Kernels(
         name="cpu",
         isa=native.isa,
@@ -126,6 +133,9 @@ def _cpu(native: loader.Native, reason: str) -> Kernels:
         moe=moe.moe,
         silu_and_mul=moe.silu_and_mul,
         combine=combine_cpu.build(native),
+        pack_rows=exchange.pack_rows,
+        unpack_rows=exchange.unpack_rows,
+        scatter_rows=exchange.scatter_rows,
         sampling=sampling_cpu.SamplingKernels(native),
         build_forward=forward_cpu.builder(native),
     )
@@ -154,6 +164,9 @@ def _reference(reason: str) -> Kernels:
         moe=moe_reference.moe,
         silu_and_mul=moe_reference.silu_and_mul,
         combine=combine_reference.combine,
+        pack_rows=exchange_reference.pack_rows,
+        unpack_rows=exchange_reference.unpack_rows,
+        scatter_rows=exchange_reference.scatter_rows,
         sampling=sampling_reference,
     )
 

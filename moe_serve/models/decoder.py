@@ -176,8 +176,7 @@ class Decoder:
                 index,
                 kernels,
                 Router(kernels, recipe, weights.pop(f"{name}.router")),
-                self.dispatcher
-                or local.build(recipe.num_experts, kernels.sort_pairs, kernels.combine),
+                self.dispatcher or local.build(recipe.num_experts, kernels),
                 self.experts,
                 shared,
                 gate,

@@ -11,7 +11,7 @@ from tests.kernels.row_independence import same_bits
 
 
 def _dispatcher(name: str, num_experts: int) -> local.LocalDispatcher:
-    return local.build(num_experts, kernels(name).sort_pairs, kernels(name).combine)
+    return local.build(num_experts, kernels(name))
 
 
 @EACH

@@ -21,6 +21,7 @@ from moe_serve.comm._world import World
 from moe_serve.comm.base import Dispatcher
 from moe_serve.experts.placement.base import Mesh, Placement
 from moe_serve.kernels import suite
+from moe_serve.kernels.suite import Kernels
 from moe_serve.plugin import load
 from moe_serve.types import Routing
 
@@ -57,15 +58,14 @@ def expert_rows(rows: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
 
 def step(
     world: World, placement: Placement, dispatcher: Dispatcher, tokens: list[int], seed: int,
-    dtype: torch.dtype, top_k: int,
+    dtype: torch.dtype, top_k: int, kernels: Kernels,
 ) -> int:  # fmt: skip
     """Send a step's tokens through both layers; compare; return the collectives that it took."""
     num_experts = placement.num_experts
     source = torch.Generator().manual_seed(1000 * seed + world.rank)
     own = tokens[world.rank]
     hidden = torch.randn(own, HIDDEN, generator=source).to(dtype)
-    kernels = suite.load("reference")
-    reference = local.build(num_experts, kernels.sort_pairs, kernels.combine)
+    reference = local.build(num_experts, kernels)
     dispatcher.begin_step(tokens)
     before = world.num_collectives
     for layer in LAYERS:
@@ -96,6 +96,7 @@ def main() -> None:
     assert dist.group.WORLD is not None
     world = World(dist.group.WORLD)
     chance = random.Random(5)  # alike on all ranks
+    sets = [suite.load("reference"), suite.load("auto")]
     counted: dict[str, set[int]] = {name: set() for name in NAMES}
     for case in range(int(os.environ.get("CASES", "40"))):
         num_experts = chance.choice((4, 7, 16))
@@ -105,12 +106,12 @@ def main() -> None:
         top_k = chance.randint(1, 4)
         tokens = [chance.choice((0, 0, 1, 3, 17, 70)) for _ in range(size)]
         dtype = chance.choice((torch.float32, torch.bfloat16))
-        combine = suite.load("reference").combine
+        kernels = chance.choice(sets)
         for name in NAMES:
-            dispatcher = load("moe_serve.comm", name).build(world, layout, combine)
+            dispatcher = load("moe_serve.comm", name).build(world, layout, kernels)
             if isinstance(dispatcher, auto.Auto) and case % 4 == 0:
                 dispatcher.fit(LAYERS[0], torch.zeros(1, HIDDEN, dtype=dtype), top_k)
-            took = step(world, placement, dispatcher, tokens, case, dtype, top_k)
+            took = step(world, placement, dispatcher, tokens, case, dtype, top_k, kernels)
             if name != "static" or max(tokens) <= 64:
                 counted[name].add(took)
     for name, expected in COLLECTIVES.items():

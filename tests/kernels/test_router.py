@@ -23,19 +23,6 @@ from tests.kernels.row_independence import check_rows, same_bits
 
 HIDDEN = 48
 SCORES: tuple[RouterScore, ...] = ("softmax", "sigmoid", "softmax_after_top_k", "sqrt_softplus")
-POISON = -12_345  # what an integer that nobody wrote would be
-
-
-@pytest.fixture
-def poisoned_integers(monkeypatch: pytest.MonkeyPatch, poisoned_empty: None) -> None:
-    """Fill uninitialised integers too, so that ids and counts that nobody wrote show."""
-    allocate = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = allocate(*args, **kwargs)
-        return tensor.fill_(POISON) if tensor.dtype == torch.int64 else tensor
-
-    monkeypatch.setattr(torch, "empty", empty)
 
 
 def _compare(name: str, router: Any, recipe: RouterRecipe, bias: Tensor | None = None) -> None:

@@ -186,6 +186,7 @@ MS_VISIBLE void MS_EXPORT(learned_ids_see)(
 }
 
 #include "attention_exports.h"
+#include "exchange_exports.h"
 #include "sampling_exports.h"
 
 #undef MS_TEAM

@@ -6,6 +6,7 @@
 #include "moe.h"
 #include "rows.h"
 #include "router.h"
+#include "exchange.h"
 #include "attention.h"
 #include "sampling.h"
 #include "forward.h"

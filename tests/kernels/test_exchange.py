@@ -1,0 +1,221 @@
+"""Rows between ranks: every choice's row arrives, and its result comes back to its place."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_serve.kernels.exchange import reference
+from moe_serve.kernels.exchange.base import NAME, Packed, Replicas, RowPlan, row_bytes
+from tests.kernels.implementations import DTYPES, EACH, EACH_NATIVE, kernels
+from tests.kernels.row_independence import same_bits
+
+pytestmark = pytest.mark.usefixtures("poisoned_integers")
+POISON_BYTE = 0xA5
+# capacity and width: slots for both (static), for rows (all_gather), for neither (dedup)
+LAYOUTS = pytest.mark.parametrize("layout", ["slots", "row slots", "packed"])
+
+
+class Case(NamedTuple):
+    hidden: Tensor
+    expert_ids: Tensor
+    replicas: Replicas
+    num_experts: int
+    num_ranks: int
+
+    def ranks(self) -> Tensor:
+        """Return the rank of each choice, one by one."""
+        ids, (ranks, counts) = self.expert_ids, self.replicas
+        return torch.tensor(
+            [[int(ranks[e, t % int(counts[e])]) for e in row] for t, row in enumerate(ids.tolist())]
+        ).view(ids.shape)
+
+
+def case_of(
+    seed: int, num_tokens: int, top_k: int, num_experts: int, num_ranks: int, size: int,
+    dtype: torch.dtype, most_replicas: int,
+) -> Case:  # fmt: skip
+    torch.manual_seed(seed)
+    chance = random.Random(seed)
+    chosen = [
+        chance.sample(range(num_ranks), chance.randint(1, min(most_replicas, num_ranks)))
+        for _ in range(num_experts)
+    ]
+    most = max(map(len, chosen), default=1)
+    replicas = Replicas(
+        torch.tensor([ranks + [-99] * (most - len(ranks)) for ranks in chosen]).view(-1, most),
+        torch.tensor([len(ranks) for ranks in chosen], dtype=torch.int64),
+    )
+    ids = [torch.randperm(num_experts)[:top_k] for _ in range(num_tokens)]
+    expert_ids = torch.stack(ids) if ids else torch.zeros(0, top_k, dtype=torch.int64)
+    hidden = torch.randn(num_tokens, size).to(dtype)
+    return Case(hidden, expert_ids, replicas, num_experts, num_ranks)
+
+
+def plan_of(layout: str, case: Case) -> RowPlan:
+    num_tokens, top_k = case.expert_ids.shape
+    if layout == "packed":
+        return RowPlan(case.num_ranks)
+    if layout == "row slots":
+        return RowPlan(case.num_ranks, capacity=num_tokens)
+    capacity = max(1, num_tokens // 3)  # several rounds
+    return RowPlan(case.num_ranks, capacity, max(1, -(-num_tokens // capacity)), top_k)
+
+
+def packed_by(name: str, case: Case, plan: RowPlan) -> tuple[Tensor, Packed]:
+    num_tokens, top_k = case.expert_ids.shape
+    size = row_bytes(case.hidden.shape[1], case.hidden.dtype, top_k)
+    shape = plan.num_rows(num_tokens, top_k), size
+    out = torch.full(shape, POISON_BYTE, dtype=torch.uint8)
+    pack_rows = kernels(name).pack_rows
+    return out, pack_rows(case.hidden, case.expert_ids, case.replicas, plan, out)
+
+
+def rows_for(rank: int, out: Tensor, packed: Packed, plan: RowPlan) -> Tensor:
+    """Return what this one rank sends to another."""
+    if plan.capacity is not None:
+        slots = out.view(plan.rounds, plan.num_ranks, plan.capacity, out.shape[1])
+        return slots[:, rank].flatten(0, 1)
+    counts = packed.rows_of_rank.tolist()
+    return out[sum(counts[:rank]) : sum(counts[: rank + 1])]
+
+
+CASES = [
+    # tokens, top_k, experts, ranks, size
+    (0, 2, 5, 3, 8), (1, 1, 1, 1, 1), (1, 4, 32, 4, 512), (7, 3, 9, 2, 33), (40, 1, 1, 4, 5),
+    (30, 4, 16, 3, 24), (65, 8, 40, 5, 7), (12, 2, 300, 8, 16),
+]  # fmt: skip
+
+
+@EACH
+@DTYPES
+@LAYOUTS
+@pytest.mark.parametrize("most_replicas", [1, 3])
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_every_choice_gets_its_result_back(
+    name: str, dtype: torch.dtype, layout: str, most_replicas: int, sizes: tuple[int, ...]
+) -> None:
+    """One rank's tokens on all ranks in turn, each of which marks rows with the expert it ran."""
+    num_tokens, top_k, num_experts, num_ranks, size = sizes
+    case = case_of(1, num_tokens, top_k, num_experts, num_ranks, size, dtype, most_replicas)
+    plan = plan_of(layout, case)
+    out, packed = packed_by(name, case, plan)
+    ranks = case.ranks()
+    visits = [len({t for t, c in (ranks == r).nonzero().tolist()}) for r in range(num_ranks)]
+    if plan.capacity is None:
+        assert packed.rows_of_rank.tolist() == visits
+    else:
+        assert packed.rows_of_rank.tolist() == [plan.rounds * plan.capacity] * num_ranks
+    assert packed.pairs_of_rank.tolist() == [int((ranks == r).sum()) for r in range(num_ranks)]
+    home, num_back = [], 0
+    for rank in range(num_ranks):
+        came = rows_for(rank, out, packed, plan)
+        rows = torch.full((len(came), size), float("nan"), dtype=dtype)
+        came_from = torch.zeros(num_ranks, dtype=torch.int64)
+        came_from[-1] = len(came)  # as if all were of the last rank
+        rows_of_rank = None if layout == "slots" else came_from
+        got = kernels(name).unpack_rows(came, rows_of_rank, num_experts, top_k, plan, rows)
+        here = sorted(
+            (int(case.expert_ids[t, c]), t, c) for t, c in (ranks == rank).nonzero().tolist()
+        )
+        ids = torch.tensor([expert for expert, _, _ in here], dtype=torch.int64)
+        assert got.counts.tolist() == ids.bincount(minlength=num_experts).tolist()
+        assert got.rows.shape == (visits[rank], size)
+        tokens = [token for _, token, _ in here]
+        assert same_bits(got.rows[got.row_of_pair], case.hidden[tokens])
+        if rows_of_rank is not None:
+            assert got.pairs_of_rank.tolist() == [0] * (num_ranks - 1) + [len(here)]
+        num_results = len(here) if plan.width is None else len(came) * plan.width
+        results = torch.full((num_results, 2), -1, dtype=torch.float32)
+        marks = torch.tensor([[expert, token] for expert, token, _ in here]).view(-1, 2).float()
+        kernels(name).scatter_rows(marks, got.place_of_pair, results)
+        assert int((results[:, 0] >= 0).sum()) == len(here)
+        home.append(results)
+        num_back += len(here)
+    assert num_back == num_tokens * top_k
+    if plan.width is None:
+        came_home = torch.cat(home)
+    else:  # round, rank, slot, turn
+        in_rounds = [part.view(plan.rounds, -1, 2) for part in home]
+        came_home = torch.stack(in_rounds, 1).reshape(-1, 2)
+    back = came_home[packed.place_of_choice]
+    assert torch.equal(back[..., 0], case.expert_ids.float())
+    assert torch.equal(back[..., 1], torch.arange(num_tokens)[:, None].expand(-1, top_k).float())
+
+
+@EACH_NATIVE
+@DTYPES
+@LAYOUTS
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_native_equals_the_reference(
+    name: str, dtype: torch.dtype, layout: str, sizes: tuple[int, ...]
+) -> None:
+    num_tokens, top_k, num_experts, num_ranks, size = sizes
+    for seed in range(4):
+        case = case_of(seed, num_tokens, top_k, num_experts, num_ranks, size, dtype, 2)
+        plan = plan_of(layout, case)
+        (out, packed), (wanted, expected) = (
+            packed_by(one, case, plan) for one in (name, "reference")
+        )
+        for mine, theirs in zip(packed, expected, strict=True):
+            assert torch.equal(mine, theirs)
+        assert torch.equal(out, wanted), "also what nobody needs is left alone"
+        num_rows = len(out) if layout != "packed" else int(packed.rows_of_rank.sum())
+        came = out[:num_rows]
+        rows_of_rank = None if layout == "slots" else packed.rows_of_rank
+        rooms = [torch.full((num_rows, size), float("nan"), dtype=dtype) for _ in range(2)]
+        got, want = (
+            kernels(one).unpack_rows(came, rows_of_rank, num_experts, top_k, plan, room)
+            for one, room in zip((name, "reference"), rooms, strict=True)
+        )
+        assert same_bits(got.rows, want.rows)
+        told = () if rows_of_rank is None else ("pairs_of_rank",)
+        for field in ("row_of_pair", "place_of_pair", "counts", *told):
+            assert torch.equal(getattr(got, field), getattr(want, field)), field
+
+
+@EACH
+def test_all_to_one_rank(name: str) -> None:
+    """The others get nothing, not even a row."""
+    replicas = Replicas(torch.full((6, 1), 2), torch.ones(6, dtype=torch.int64))
+    ids = torch.stack([torch.randperm(6)[:4] for _ in range(5)])
+    case = Case(torch.randn(5, 3), ids, replicas, 6, 4)
+    _, packed = packed_by(name, case, RowPlan(4))
+    assert packed.rows_of_rank.tolist() == [0, 0, 5, 0]
+    assert packed.pairs_of_rank.tolist() == [0, 0, 20, 0]
+    assert packed.place_of_choice.flatten().tolist() == list(range(20))
+
+
+@EACH
+def test_an_expert_that_there_is_none_of_is_refused(name: str) -> None:
+    packed = torch.zeros(2, row_bytes(4, torch.float32, 1), dtype=torch.uint8)
+    packed[:, 16:].view(NAME)[:] = torch.tensor([[0], [9]], dtype=NAME)
+    counts = torch.tensor([2])
+    with pytest.raises(ValueError, match="expert"):
+        kernels(name).unpack_rows(packed, counts, 9, 1, RowPlan(1), torch.zeros(2, 4))
+
+
+@EACH
+def test_a_place_outside_is_refused(name: str) -> None:
+    with pytest.raises(IndexError):
+        kernels(name).scatter_rows(torch.zeros(2, 3), torch.tensor([0, 4]), torch.zeros(4, 3))
+
+
+@EACH_NATIVE
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    case = case_of(0, 6, 2, 4, 2, 8, torch.float32, 1)
+    plan = RowPlan(2, capacity=2, rounds=2, width=2)
+    for one in (name, "reference"):
+        with pytest.raises(AssertionError):
+            packed_by(one, case, plan)
+    with pytest.raises(AssertionError):
+        reference.pack_rows(
+            case.hidden, case.expert_ids, case.replicas, plan, torch.zeros(1, dtype=torch.uint8)
+        )
+    out = torch.zeros(12, row_bytes(8, torch.float32, 2), dtype=torch.uint8)
+    with pytest.raises(TypeError):
+        kernels(name).pack_rows(case.hidden, case.expert_ids.int(), case.replicas, RowPlan(2), out)
