@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_serve.comm._replica_choice import candidates, filled
 from moe_serve.kernels.exchange.base import Replicas
 
 
 class Layout:
     """A placement as seen from one rank; `place` changes it, between steps.
 
-    Of replicas a token takes its own rank's, else one of its own node's, else any; of equals the
-    row in the batch decides. So every rank chooses for its own tokens, and tells nobody.
+    Which replica a token takes every rank chooses for its own tokens; see `_replica_choice`.
     epoch: how often a layer was placed anew.
     """
 
@@ -25,11 +25,13 @@ class Layout:
         ranks_per_node: int,
         layers: Sequence[int],
         rank: int,
+        replica_choice: str = "nearest",
     ) -> None:
         """holders: each layer's ranks of each expert, rising, as a `Placement` has them.
 
-        layers: the model's numbers of these layers, in order.
+        layers: the model's numbers of these layers, in order. replica_choice: one of `CHOICES`.
         """
+        self._replica_choice = replica_choice
         self.rank = rank
         self.num_ranks = num_ranks
         self._ranks_per_node = ranks_per_node
@@ -61,15 +63,8 @@ class Layout:
         self._held_keys[index] = holds.T.flatten().nonzero()[:, 0]
         self._num_held[index] = holds.sum(0).tolist()
         self._held[index] = holds[:, self.rank].nonzero()[:, 0]
-        node = self.rank // self._ranks_per_node
-        chosen = []
-        for ranks in holders:
-            near = [other for other in ranks if other // self._ranks_per_node == node]
-            chosen.append([self.rank] if self.rank in ranks else near or list(ranks))
-        most = max(map(len, chosen))
-        self._replicas[index] = Replicas(
-            torch.tensor([ranks + ranks[:1] * (most - len(ranks)) for ranks in chosen]),
-            torch.tensor([len(ranks) for ranks in chosen]),
+        self._replicas[index] = candidates(
+            holders, self.rank, self._ranks_per_node, self._replica_choice
         )
 
     def num_held(self, layer: int) -> list[int]:
@@ -84,13 +79,19 @@ class Layout:
         """Return rank * num_experts + expert of all that any rank holds, int64, rising."""
         return self._held_keys[self._index[layer]]
 
-    def replicas(self, layer: int) -> Replicas:
-        """Return the ranks among which this rank's tokens choose, for each expert of a layer."""
-        return self._replicas[self._index[layer]]
+    def replicas(self, layer: int, expert_ids: Tensor) -> Replicas:
+        """Return which rank each token takes for each expert of a layer.
+
+        expert_ids: int64 [num_tokens, top_k], of this rank's tokens.
+        """
+        replicas = self._replicas[self._index[layer]]
+        if self._replica_choice == "water_filling" and len(expert_ids):
+            return filled(replicas, expert_ids, self.num_ranks)
+        return replicas
 
     def choose(self, layer: int, expert_ids: Tensor) -> Tensor:
         """Return the rank for each choice, int64 [num_tokens, top_k] like `expert_ids`."""
-        ranks, counts = self.replicas(layer)
+        ranks, counts = self.replicas(layer, expert_ids)
         if ranks.shape[1] == 1:
             return ranks[:, 0][expert_ids]
         turn = torch.arange(expert_ids.shape[0])[:, None] % counts[expert_ids]

@@ -45,7 +45,7 @@ class RowsOnce(Between):
         size = row_bytes(hidden.shape[1], hidden.dtype, top_k)
         num_rows = plan.num_rows(num_tokens, top_k)
         rows = self._buffers.take("out", num_rows, size, torch.uint8)
-        replicas = self._layout.replicas(layer)
+        replicas = self._layout.replicas(layer, routing.expert_ids)
         return rows, self._kernels.pack_rows(hidden, routing.expert_ids, replicas, plan, rows)
 
     def _room(self, num_rows: int, like: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The fastest of the exact dispatchers for each step, by times measured at start.
+"""The fastest of the dispatchers for each step, by times measured at start; of the exact ones alone
+unless others are allowed.
 
 Every rank times each of them on some sizes, and ranks exchange their times, so that all choose
 alike from the step's token counts, and nobody has to tell.
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_serve.comm import all_gather, dedup, per_expert, static
+from moe_serve.comm import all_gather, dedup, dedup_sums, per_expert, static, static_sums
 from moe_serve.comm._between import Meanwhile
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
@@ -20,21 +21,25 @@ from moe_serve.comm.base import Dispatcher, Inbox, Receipt
 from moe_serve.kernels.suite import Kernels
 from moe_serve.types import Routing
 
+_EXACT = (per_expert, dedup, all_gather, static)
+_SUMS = (dedup_sums, static_sums)
 # tokens a rank; the last beyond static's slots, whose rounds begin there
 _SIZES = (1, 8, 64, 256)
-_SAMPLES = 5
+_SAMPLES = 3
 _REPEATS = 3  # calls a sample: ranks do not begin the first at once
 
 
 class Auto:
     """See `comm.base.Dispatcher`. Until `fit` was called it is per_expert."""
 
-    def __init__(self, world: World, layout: Layout, kernels: Kernels) -> None:
+    def __init__(
+        self, world: World, layout: Layout, kernels: Kernels, with_sums: bool = False
+    ) -> None:
         self._world = world
         self._layout = layout
         self.candidates: dict[str, Dispatcher] = {
             module.__name__.rpartition(".")[2]: module.build(world, layout, kernels)
-            for module in (per_expert, dedup, all_gather, static)
+            for module in (*_EXACT, *(_SUMS if with_sums else ()))
         }
         self._times_s: dict[str, list[float]] = {}
         self.chosen = "per_expert"
@@ -104,6 +109,9 @@ def seconds_at(num_tokens: int, times_s: Sequence[float]) -> float:
     return times_s[last] + (num_tokens - few) * per_token
 
 
-def build(world: World, layout: Layout, kernels: Kernels) -> Auto:
-    """Build the dispatcher of this rank; `fit` it before the first step."""
-    return Auto(world, layout, kernels)
+def build(world: World, layout: Layout, kernels: Kernels, with_sums: bool = False) -> Auto:
+    """Build the dispatcher of this rank; `fit` it before the first step.
+
+    with_sums: also choose among those that are not exact.
+    """
+    return Auto(world, layout, kernels, with_sums)

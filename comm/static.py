@@ -3,28 +3,24 @@
 Two collectives. Rank-major: [ranks, capacity] rows out, unused ones naming no expert, and
 [ranks, capacity, width] results back, where width is the most experts of a layer that a token can
 have on one rank. The capacity is the step's most tokens, rounded up to a power of two, and at most
-MOST_ROWS: what does not fit goes in another round, nothing is dropped. Exact. Only the exchanges
+_rounds.MOST_ROWS: what does not fit goes in another round, nothing is dropped. Exact. Only the exchanges
 have fixed shapes: what is between them depends on the routing, and no CUDA graph can hold it yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moe_serve.comm._between import Meanwhile
 from moe_serve.comm._layout import Layout
-from moe_serve.comm._rows import RowsOnce
+from moe_serve.comm._rounds import InRounds
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Inbox, Receipt
 from moe_serve.kernels.exchange.base import RowPlan
 from moe_serve.kernels.suite import Kernels
 from moe_serve.types import Routing
-
-MOST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +31,8 @@ class StaticReceipt(Receipt):
     num_slots: int
 
 
-class Static(RowsOnce):
+class Static(InRounds):
     """See `comm.base.Dispatcher`."""
-
-    def __init__(self, world: World, layout: Layout, kernels: Kernels) -> None:
-        super().__init__(world, layout, kernels)
-        self._capacity = self._rounds = 1
-
-    def begin_step(self, num_tokens: Sequence[int]) -> None:
-        """Choose the capacity, and how many rounds there are, by the rank with most tokens."""
-        most = max(1, *num_tokens)
-        self._capacity = min(MOST_ROWS, 1 << (most - 1).bit_length())
-        self._rounds = -(-most // self._capacity)
 
     def dispatch(
         self, layer: int, hidden: Tensor, routing: Routing, meanwhile: Meanwhile = None
@@ -67,16 +53,6 @@ class Static(RowsOnce):
         results = self._buffers.take("results", num_slots, size, dtype)
         self._kernels.scatter_rows(outbox, receipt.place_of_pair, results)
         return self._in_rounds(results, self._buffers.take("home", num_slots, size, dtype))
-
-    def _in_rounds(self, rows: Tensor, into: Tensor, meanwhile: Meanwhile = None) -> Tensor:
-        """Exchange [rounds, ranks, ...], a collective each; return what came, which is `into`."""
-        if self._rounds == 1:
-            return self._world.exchange_evenly(rows, meanwhile, into)
-        in_round = rows.shape[0] // self._rounds
-        parts = zip(torch.split(rows, in_round), torch.split(into, in_round), strict=True)
-        for number, (part, into_part) in enumerate(parts):
-            self._world.exchange_evenly(part, None if number else meanwhile, into_part)
-        return into
 
 
 def build(world: World, layout: Layout, kernels: Kernels) -> Static:

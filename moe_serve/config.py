@@ -239,6 +239,22 @@ class RanksConfig:
             "package": "moe_serve.comm",
         },
     )
+    combine: str = field(
+        default="exact",
+        metadata={
+            "help": "partial: ranks may add up their own experts' results before they send them "
+            "(dispatchers dedup_sums, static_sums): fewer bytes, not those of one process.",
+            "choices": ("exact", "partial"),
+        },
+    )
+    replicas: str = field(
+        default="nearest",
+        metadata={
+            "help": "Which replica of an expert a token takes: the nearest, each in its turn, or "
+            "such that a rank's tokens are spread evenly.",
+            "choices": ("nearest", "round_robin", "water_filling"),
+        },
+    )
     home: str = field(
         default="load",
         metadata={

@@ -37,7 +37,7 @@ ENGINE_FLAGS = {
     "--expert-cache-slots", "--expert-cache-gb", "--expert-cache-scope", "--eviction", "--prefetch",
     "--predictor", "--predictor-state", "--miss", "--expert-store", "--usage-profile",
     "--record-trace", "--emulate-link", "--ep", "--placement", "--dispatcher",
-    "--home", "--rebalance", "--rebalance-strategy", "--rebalance-slots",
+    "--combine", "--replicas", "--home", "--rebalance", "--rebalance-strategy", "--rebalance-slots",
     "--kernels", "--isa", "--fused", "--no-fused", "--threads", "--seed", "--config", "--debug",
     "--help",
 }  # fmt: skip

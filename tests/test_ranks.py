@@ -88,16 +88,21 @@ def case(seed: int = 0, **options: Any) -> dict[str, Any]:
 def test_bits_are_those_of_one_process(size: int, tmp_path: Path) -> None:
     cases = [case(dispatcher=name) for name in EXACT]
     cases += [case(placement="round_robin"), case(fused=False, max_num_seqs=2)]
+    cases[1]["options"]["replicas"] = "water_filling"
     # as many prompts as ranks, of unlike lengths: each rank has no token in its turn
     cases += [{**case(seed), "num_prompts": size, "num_rounds": 8} for seed in range(2)]
     cases[-1] |= {"bytes_per_step": 5 * RECORD_BYTES, "num_rounds": 12}
-    moved = {**case(size, dispatcher="dedup"), "num_rounds": 8, "bytes_per_step": 60 * RECORD_BYTES}
+    moved = {
+        **case(size, dispatcher="dedup", replicas="water_filling"),
+        "num_rounds": 8,
+        "bytes_per_step": 60 * RECORD_BYTES,
+    }
     cases[-2]["bytes_per_step"] = 10**9
     store = str(tmp_path / "store")
     for slots in (NUM_EXPERTS // size // 2, TOP_K):
         held = case(expert_store=store, expert_cache_slots=slots, prefetch="on")
         cases.append({**held, "num_rounds": 3, "bytes_per_step": 10**9})
-    by_itself = case(rebalance=2, home="affinity", dispatcher="static")
+    by_itself = case(replicas="round_robin", rebalance=2, home="affinity", dispatcher="static")
     by_itself["num_rounds"] = 8
     told = run_cases(tmp_path, size, [*cases, by_itself, moved])
     assert all(len(one["ranks"]) == size for one in told)
@@ -117,6 +122,23 @@ def test_bits_are_those_of_one_process(size: int, tmp_path: Path) -> None:
     assert not any(one["ranks"][0]["experts_moved"] for one in cached)
     for one in cached:
         assert all(rank["experts"]["total"]["misses"] > 0 for rank in one["ranks"])
+
+
+@pytest.mark.parametrize("dispatcher", ["static_sums", "dedup_sums", "auto"])
+def test_sums_are_near_but_named(dispatcher: str) -> None:
+    """Not the bits of one process, and the numerics' name says so; the same tokens at first."""
+    truth = expected()
+    with LLM(ep_size=2, combine="partial", dispatcher=dispatcher, **OPTIONS) as llm:
+        assert llm.engine.numerics_id.endswith("-partial")
+        found = outputs_of(llm, truth["prompts"], truth["params"])
+    for (ids, logprobs, _, error), (wanted_ids, wanted, _, _) in zip(
+        found, truth["outputs"], strict=True
+    ):
+        assert error is None
+        if ids[0] == wanted_ids[0]:
+            assert abs(logprobs[0][1] - wanted[0][1]) < 0.1
+    same = sum(one[0][0] == whole[0][0] for one, whole in zip(found, truth["outputs"], strict=True))
+    assert same >= len(found) - 2
 
 
 def test_nan_in_an_expert_ends_only_what_used_it(tmp_path: Path) -> None:
@@ -270,6 +292,7 @@ def test_a_port_in_use_is_said() -> None:
         ({"ep_size": 33}, CapacityError, "33 ranks for 32 experts"),
         ({"ep_size": 2, "dispatcher": "local"}, ConfigError, "for one process"),
         ({"ep_size": 2, "dispatcher": "dedupe"}, ConfigError, "did you mean 'dedup'"),
+        ({"ep_size": 2, "dispatcher": "static_sums"}, ConfigError, "combine='partial'"),
         ({"ep_size": 2, "placement": "nowhere.json"}, ConfigError, "nowhere.json"),
         ({"ep_size": 2, "emulate_link": 4.0, "expert_cache_slots": 8}, ConfigError, "one process"),
         ({"ep_size": 2, "expert_cache_slots": 2}, CapacityError, "expert_cache_slots 4"),

@@ -69,9 +69,10 @@ def cases(
     }  # fmt: skip
     if size == 1:
         return
-    for name in ("dedup", "static"):
-        yield f"{num_placements} placements, {name}", {
-            "seed": size, "options": {"dispatcher": name}, "num_rounds": num_placements + 1,
+    for name, replicas in (("dedup", "water_filling"), ("static", "nearest")):
+        yield f"{num_placements} placements, {name}, {replicas}", {
+            "seed": size, "num_rounds": num_placements + 1,
+            "options": {"dispatcher": name, "replicas": replicas},
             "bytes_per_step": 10**12, "num_prompts": 4,
         }  # fmt: skip
     yield "moves under load", {
@@ -103,6 +104,7 @@ def combinations(
             "dispatcher": chance.choice(EXACT),
             "placement": chance.choice(["contiguous", "round_robin"]),
             "home": chance.choice(["load", "affinity"]),
+            "replicas": chance.choice(["nearest", "round_robin", "water_filling"]),
             "rebalance": chance.choice([None, 2, 5]),
             "max_num_seqs": chance.choice([1, 2, 5, 32]),
             "max_num_batched_tokens": chance.choice([8, 33, 2048]),

@@ -75,6 +75,7 @@ def build_engine(
     )
     numerics_id = f"{kernels.numerics_id}-{str(dtype).removeprefix('torch.')}"
     if rank is not None:
+        numerics_id += rank.numerics_suffix
         rank.agree(numerics_id, residency)
     parts = ExpertParts(
         config, spec, dtype, kernels, residency, folder, numerics_id, keeper, on_progress, share

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_serve import plugin
+from moe_serve.comm import auto
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
-from moe_serve.comm.auto import Auto
 from moe_serve.comm.base import Dispatcher, Inbox, Receipt
 from moe_serve.config import EngineConfig
 from moe_serve.engine.ranks import Ranks, share_of
@@ -114,6 +114,12 @@ class RankParts:
         self.share = share_of(config.ranks, spec, ranks.mesh, ranks.world.rank, model_id)
         self._progress: Progress | None = None
 
+    @property
+    def numerics_suffix(self) -> str:
+        """What is added to the numerics' name where bits are not those of one process."""
+        is_partial = self.share is not None and self._config.ranks.combine == "partial"
+        return "-partial" if is_partial else ""
+
     def agree(self, numerics_id: str, residency: Residency) -> None:
         """Make sure, before anything is loaded, that all ranks are alike. Raises CommError."""
         placement = None if self.share is None else as_json(self.share.placement)
@@ -142,19 +148,28 @@ class RankParts:
         if name == "local":
             raise ConfigError("dispatcher 'local' is for one process; give another, or none")
         module = plugin.load("moe_serve.comm", name)
+        is_partial = self._config.ranks.combine == "partial"
+        if not getattr(module, "IS_EXACT", True) and not is_partial:
+            raise ConfigError(
+                f"dispatcher {name!r} adds results up on their way, which gives other bits than "
+                "one process; give combine='partial' if that may be"
+            )
         if share is None:
             return None
         layout = Layout(
-            share.placement.ranks, mesh.num_ranks, mesh.ranks_per_node, share.layers, share.rank
-        )
-        self._progress = Progress(module.build(self.world, layout, kernels), layout)
+            share.placement.ranks, mesh.num_ranks, mesh.ranks_per_node, share.layers, share.rank,
+            self._config.ranks.replicas,
+        )  # fmt: skip
+        options = {"with_sums": True} if is_partial and module is auto else {}
+        dispatcher = module.build(self.world, layout, kernels, **options)
+        self._progress = Progress(dispatcher, layout)
         return self._progress
 
     def meet(self, model: Decoder, top_k: int) -> None:
         """Wait for all ranks, and let them exchange something before the first request does."""
         self._ranks.wait_for_all("loaded")
         self.header.share(0, 0)
-        if self._progress is not None and isinstance(self._progress.inner, Auto):
+        if self._progress is not None and isinstance(self._progress.inner, auto.Auto):
             hidden = torch.zeros(1, model.spec.hidden_size, dtype=model.dtype)
             self._progress.inner.fit(self._progress.layout.layers[0], hidden, top_k)
 
