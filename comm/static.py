@@ -3,8 +3,9 @@
 Two collectives. Rank-major: [ranks, capacity] rows out, unused ones naming no expert, and
 [ranks, capacity, width] results back, where width is the most experts of a layer that a token can
 have on one rank. The capacity is the step's most tokens, rounded up to a power of two, and at most
-_rounds.MOST_ROWS: what does not fit goes in another round, nothing is dropped. Exact. Only the exchanges
-have fixed shapes: what is between them depends on the routing, and no CUDA graph can hold it yet.
+MOST_ROWS (`_rounds`): what does not fit goes in another round, nothing is dropped. Exact. Only the
+exchanges have fixed shapes: what is between them depends on the routing, and no CUDA graph can hold
+it yet.
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ class StaticSums(InRounds, Sums):
     def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:
         assert isinstance(receipt, SumsReceipt)
         sums = self._summed(outbox, receipt)
-        return self._in_rounds(sums, self._buffers.take("home", *sums.shape, sums.dtype))
+        return self._in_rounds(
+            sums, self._buffers.take("home", len(sums), sums.shape[1], sums.dtype)
+        )
 
 
 def build(world: World, layout: Layout, kernels: Kernels) -> StaticSums:

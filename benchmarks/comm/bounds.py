@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.comm.shape import Shape
-from moe_serve.comm.static import MOST_ROWS
+from moe_serve.comm._rounds import MOST_ROWS
 
 _DTYPE_BYTES = 2  # bfloat16
 _NAME_BYTES = 2

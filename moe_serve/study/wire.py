@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
-from moe_serve.comm.static import MOST_ROWS
+from moe_serve.comm._rounds import MOST_ROWS
 
 DISPATCHERS = ("per_expert", "dedup", "all_gather", "static")
 _COUNT_BYTES = 8  # a count of rows, int64
