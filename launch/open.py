@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, changed
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.expert_parts import model_id_of
@@ -25,6 +26,8 @@ from moe_serve.launch.supervisor import Supervisor, said_hello
 from moe_serve.launch.worker import Follower, Heart, tell_failure
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None] | None
 
@@ -52,6 +55,9 @@ def open_engine(
         share_of(config.ranks, spec, mesh, 0, model_id_of(config, model))  # refused before a start
         supervisor = Supervisor(config, model, wanted)
         return RankedEngine(config, spec, supervisor.links(), supervisor.end)
+    unused = [name for name in changed(config.ranks) if name != "ep_size"]
+    if unused:
+        logger.warning("there is one process, so there is no effect of: %s", ", ".join(unused))
     return build_engine(config, model, on_progress=on_progress)
 
 

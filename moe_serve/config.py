@@ -360,6 +360,13 @@ class EngineConfig:
         }
 
 
+def changed(branch: Any) -> list[str]:
+    """Return the leaves of a branch that have another value than by default."""
+    plain = type(branch)()
+    return [leaf.name for leaf in dataclasses.fields(branch)
+            if getattr(branch, leaf.name) != getattr(plain, leaf.name)]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class OptionField:
     """One leaf of the tree: where it sits, its type without None, and what the help says.

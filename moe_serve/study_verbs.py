@@ -52,20 +52,33 @@ def simulate(
     source: TraceFile,
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="A file in experts/policies; again for more."),
+        typer.Option(
+            "--policy",
+            help="A file in experts/policies; again for more. "
+            "[default: lru, lfu, lfru, heat, adaptive, belady]",
+        ),
     ] = None,
     predictor: Annotated[
         list[str] | None,
-        typer.Option("--predictor", help="A file in predictors, to be judged; again for more."),
+        typer.Option(
+            "--predictor",
+            help="A file in predictors, to be judged; again for more. [default: none]",
+        ),
     ] = None,
     slots: Annotated[
-        list[int] | None, typer.Option("--slots", help="Slots of each layer; again for more.")
+        list[int] | None,
+        typer.Option(
+            "--slots",
+            help="Slots of each layer; again for more. [default: 14 to 75 % of the experts]",
+        ),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option("--batch", help="Sequences at once; again for more.")
+        list[int] | None,
+        typer.Option("--batch", help="Sequences at once; again for more. [default: 1, 8]"),
     ] = None,
     scope: Annotated[
-        list[str] | None, typer.Option("--scope", help="layer, shared or global; again for more.")
+        list[str] | None,
+        typer.Option("--scope", help="layer, shared or global; again for more. [default: layer]"),
     ] = None,
     split: Annotated[str, typer.Option(help="all, prequential, in-domain or transfer.")] = "all",
     learn_from: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,7 +16,7 @@ from moe_serve.comm import auto
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Dispatcher, Inbox, Receipt
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, changed
 from moe_serve.engine.ranks import Ranks, share_of
 from moe_serve.engine.residency import Residency
 from moe_serve.errors import CommError, ConfigError
@@ -27,6 +28,8 @@ from moe_serve.kernels.suite import Kernels
 from moe_serve.models.decoder import Decoder
 from moe_serve.models.spec import ModelSpec
 from moe_serve.types import Routing
+
+logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 16
 # step, generation, epoch of the placement, tokens; what must be alike
@@ -155,6 +158,9 @@ class RankParts:
                 "one process; give combine='partial' if that may be"
             )
         if share is None:
+            unused = [option for option in changed(self._config.ranks) if option != "ep_size"]
+            if unused:
+                logger.warning("the model is dense: no effect of %s", ", ".join(unused))
             return None
         layout = Layout(
             share.placement.ranks, mesh.num_ranks, mesh.ranks_per_node, share.layers, share.rank,

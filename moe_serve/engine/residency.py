@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from moe_serve.config import EngineConfig, ExpertsConfig
+from moe_serve.config import EngineConfig, ExpertsConfig, changed
 from moe_serve.engine.division import Demand, divided
 from moe_serve.engine.memory import (
     GIB,
@@ -127,6 +127,7 @@ def plan_residency(
         _warn_of_unused(options)
         return Residency(None, slot_bytes, all_bytes, top_k)
     _refuse_unlike_layers(moes)
+    _warn_of_unguided(options)
     shape = _shape(options, len(layers), num_experts, min(slots, len(layers) * most_held))
     least_bytes = other_bytes + least * len(layers) * slot_bytes
     num_kv_blocks(config, spec, dtype, max_model_len, available, least_bytes)
@@ -222,22 +223,28 @@ def _refuse_unlike_layers(moes: Sequence[MoeSpec]) -> None:
         )
 
 
-def _given(options: ExpertsConfig, names: Collection[str]) -> list[str]:
-    """Return which of these options have another value than by default."""
-    defaults = ExpertsConfig()
-    return [name for name in names if getattr(options, name) != getattr(defaults, name)]
-
-
 def _warn_of_unused(options: ExpertsConfig) -> None:
     """Say which options do nothing where all experts are held."""
-    given = _given(options, _OF_A_CACHE)
+    given = [name for name in changed(options) if name in _OF_A_CACHE]
     if given:
         logger.warning("all experts are held, so there is no effect of: %s", ", ".join(given))
 
 
+def _warn_of_unguided(options: ExpertsConfig) -> None:
+    """Say which options of a cache do nothing beside the others."""
+    given = [name for name in changed(options) if name in ("predictor", "predictor_state")]
+    if options.prefetch == "off" and given:
+        logger.warning("prefetch is off, so there is no effect of: %s", ", ".join(given))
+    if options.eviction == "static" and options.usage_profile is None:
+        logger.warning(
+            "eviction static keeps what was used most, which it counts for a while first: give a "
+            "usage_profile of an earlier run"
+        )
+
+
 def _warn_of_dense(options: ExpertsConfig) -> None:
     """Say that options about experts do nothing for a dense model."""
-    given = _given(options, ExpertsConfig.__slots__)
+    given = changed(options)
     if given:
         logger.warning(
             "the model is dense: it has no experts, so there is nothing to cache or to record; "
