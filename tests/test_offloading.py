@@ -436,3 +436,14 @@ def test_a_start_that_fails_leaves_nothing(
 ) -> None:
     with pytest.raises((ConfigError, TraceError)):
         make(store, expert_cache_slots=QUARTER, emulate_link=link, **options)
+
+
+def test_options_that_guide_nothing_are_named(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make(store, expert_cache_slots=HALF, prefetch="off", predictor="popularity"):
+        pass
+    assert "prefetch is off, so there is no effect of: predictor" in caplog.text
+    with make(store, expert_cache_slots=HALF, eviction="static"):
+        pass
+    assert "usage_profile" in caplog.text

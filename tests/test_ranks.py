@@ -443,3 +443,9 @@ def test_the_command_line_under_torchrun() -> None:
     result = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)
+
+
+def test_what_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with LLM(dispatcher="static", rebalance=3, **OPTIONS):
+        pass
+    assert "one process, so there is no effect of: dispatcher, rebalance" in caplog.text
