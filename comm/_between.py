@@ -17,6 +17,8 @@ Meanwhile = Callable[[], None] | None
 class Between:
     """A dispatcher of one rank: the ranks, where experts are, and the kernels."""
 
+    has_ranks = True
+
     def __init__(self, world: World, layout: Layout, kernels: Kernels) -> None:
         self._world = world
         self._layout = layout

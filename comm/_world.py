@@ -5,6 +5,7 @@ All-to-all is all that dispatchers use, so that there is one thing to count and 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -88,11 +89,30 @@ class World:
                 group=self._group,
                 async_op=meanwhile is not None,
             )
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        try:
             if meanwhile is not None:
                 meanwhile()
-                work.wait()
-        except RuntimeError as error:
-            raise CommError(
-                f"rank {self.rank} of {self.size}: another rank is gone or does not answer: {error}"
-            ) from error
+        finally:  # what was begun is awaited, whatever became of the rest
+            try:
+                if work is not None:
+                    work.wait()
+            except RuntimeError as error:
+                raise self._lost(error) from error
         self.num_collectives += 1
+
+    def forget(self) -> None:
+        """Count from now on: what was measured at start is over."""
+        self.num_collectives = self.bytes_sent = 0
+
+    def close(self) -> None:
+        """Give the group back; nothing can be exchanged any more."""
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+            dist.destroy_process_group(self._group)
+
+    def _lost(self, error: RuntimeError) -> CommError:
+        reason = (str(error).splitlines() or [""])[0].split(". This may")[0]
+        return CommError(
+            f"rank {self.rank} of {self.size}: another rank is gone or does not answer ({reason})"
+        )

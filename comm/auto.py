@@ -30,7 +30,12 @@ _REPEATS = 3  # calls a sample: ranks do not begin the first at once
 
 
 class Auto:
-    """See `comm.base.Dispatcher`. Until `fit` was called it is per_expert."""
+    """See `comm.base.Dispatcher`. Until `fit` was called it is per_expert.
+
+    num_steps: by name, in how many each was chosen.
+    """
+
+    has_ranks = True
 
     def __init__(
         self, world: World, layout: Layout, kernels: Kernels, with_sums: bool = False
@@ -43,6 +48,7 @@ class Auto:
         }
         self._times_s: dict[str, list[float]] = {}
         self.chosen = "per_expert"
+        self.num_steps = dict.fromkeys(self.candidates, 0)
 
     def fit(self, layer: int, hidden: Tensor, top_k: int) -> dict[str, list[float]]:
         """Time every candidate; return the seconds of the slowest rank at each size, by name.
@@ -71,11 +77,16 @@ class Auto:
         self._times_s = dict(zip(self.candidates, typical.T.tolist(), strict=True))
         return self._times_s
 
+    def forget_steps(self) -> None:
+        """Count steps from now on."""
+        self.num_steps = dict.fromkeys(self.candidates, 0)
+
     def begin_step(self, num_tokens: Sequence[int]) -> None:
         """Choose for the rank with most tokens: the others wait for it anyway."""
         if self._times_s:
             most = max(num_tokens)
             self.chosen = min(self._times_s, key=lambda name: seconds_at(most, self._times_s[name]))
+        self.num_steps[self.chosen] += 1
         self.candidates[self.chosen].begin_step(num_tokens)
 
     def dispatch(

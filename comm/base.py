@@ -43,7 +43,13 @@ class Receipt:
 
 
 class Dispatcher(Protocol):
-    """Carry tokens to their experts and the results back. Collective where there are ranks."""
+    """Carry tokens to their experts and the results back. Collective where there are ranks.
+
+    has_ranks: others wait for this one's part in every layer.
+    """
+
+    @property
+    def has_ranks(self) -> bool: ...
 
     def begin_step(self, num_tokens: Sequence[int]) -> None:
         """Say how many tokens every rank has in the step that begins, [num_ranks]."""

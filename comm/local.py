@@ -14,6 +14,8 @@ from moe_serve.types import Routing
 class LocalDispatcher:
     """See `comm.base.Dispatcher`."""
 
+    has_ranks = False
+
     def __init__(self, num_experts: int, kernels: Kernels) -> None:
         self.num_experts = num_experts
         self._sort_pairs = kernels.sort_pairs

@@ -43,13 +43,18 @@ class RankExperts:
 
     @contextmanager
     def step(self, batch: ForwardBatch) -> Iterator[Watcher | None]:
-        is_recent = self.recent is not None and batch.num_seqs > 0
-        if self.recent is not None and is_recent:
-            self.recent.begin(batch.token_ids)
-        with self.inner.step(batch) as watcher:
-            yield watcher
-        if self.recent is not None and is_recent:
-            self.recent.end()
+        recent = self.recent if batch.num_seqs > 0 else None
+        if recent is not None:
+            recent.begin(batch.token_ids)
+        try:
+            with self.inner.step(batch) as watcher:
+                yield watcher
+        except BaseException:
+            if recent is not None:
+                recent.abandon()
+            raise
+        if recent is not None:
+            recent.end()
 
     def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
         if self.recent is not None:

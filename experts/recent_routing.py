@@ -25,23 +25,31 @@ class RecentRouting:
         self._steps: deque[tuple[Array, Array]] = deque()
         self._num_tokens = 0
         self._ids: Array | None = None
+        self._is_open = False
         self._token_ids: Array = np.empty(0, np.int32)
 
     def begin(self, token_ids: Tensor) -> None:
         """Begin a step of these tokens, int64 [num_tokens]."""
         self._token_ids = token_ids.numpy().astype(np.int32)
-        self._ids = None
+        self._ids, self._is_open = None, True
 
     def note(self, layer: int, routing: Routing) -> None:
         """Take note of a layer's choices."""
+        if not self._is_open:
+            return
         ids = routing.expert_ids.numpy()
         if self._ids is None:
             self._ids = np.full((len(ids), len(self._index), ids.shape[1]), -1, np.int16)
         self._ids[:, self._index[layer]] = ids
 
+    def abandon(self) -> None:
+        """Forget the step that was begun; nothing is noted until another one is."""
+        self._ids, self._is_open = None, False
+
     def end(self) -> None:
         """Keep the step, if every layer was noted, and forget the oldest that are too many."""
-        ids, self._ids = self._ids, None
+        ids = self._ids
+        self.abandon()
         if ids is None or not len(ids) or (ids[:, :, 0] < 0).any():
             return
         self._steps.append((self._token_ids, ids))

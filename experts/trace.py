@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,35 @@ class Trace:
             token_ids=part(self.token_ids),
             model_id=self.model_id,
         )
+
+
+def join_traces(parts: Sequence[Path], target: Path) -> None:
+    """Write one trace of what several ranks recorded, by rank; their files are removed.
+
+    Raises TraceError.
+    """
+    traces = [read_trace(path) for path in parts]
+    first, lengths = traces[0], [trace.num_tokens for trace in traces]
+    starts = np.cumsum([0, *lengths[:-1]])
+
+    def column(name: str) -> Array | None:
+        found = [getattr(trace, name) for trace in traces]
+        return None if any(one is None for one in found) else np.concatenate(found)
+
+    offsets = [t.seq_offsets[:-1] + start for t, start in zip(traces, starts, strict=True)]
+    joined = replace(
+        first,
+        name=target.stem,
+        ids=np.concatenate([trace.ids for trace in traces]),
+        weights=np.concatenate([trace.weights for trace in traces]),
+        seq_offsets=np.append(np.concatenate(offsets), sum(lengths)).astype(np.int64),
+        step=column("step"),
+        phase=column("phase"),
+        token_ids=column("token_ids"),
+    )
+    write_trace(target, joined)
+    for path in parts:
+        path.unlink()
 
 
 def read_trace(path: Path) -> Trace:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from moe_serve.errors import CommError
+from moe_serve.errors import CommError, RequestError
 
 _LENGTH = struct.Struct("<I")
 MOST_BYTES = 2**30
@@ -22,6 +22,17 @@ class Closed(CommError):
     """The other side is gone."""
 
 
+def encoded(message: msgspec.Struct) -> bytes:
+    """Return a message as it travels. Raises RequestError for what cannot be said."""
+    try:
+        data = msgspec.msgpack.encode(message)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise RequestError(f"a request that cannot be sent to a rank: {error}") from error
+    if len(data) > MOST_BYTES:
+        raise RequestError(f"a request of {len(data)} bytes; {MOST_BYTES} are the most")
+    return data
+
+
 class Channel(Generic[Incoming]):
     """One end of a connection. Any thread may send; one may receive."""
 
@@ -29,16 +40,16 @@ class Channel(Generic[Incoming]):
         """incoming: the type, a union of Structs, of what the other side may say."""
         self._socket = connection
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
-        self._encoder = msgspec.msgpack.Encoder()
         self._sending = threading.Lock()
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, message: msgspec.Struct) -> None:
         """Send one message. Raises Closed."""
-        data = self._encoder.encode(message)
-        if len(data) > MOST_BYTES:
-            raise CommError(f"a message of {len(data)} bytes; {MOST_BYTES} are the most")
+        self.send_encoded(encoded(message))
+
+    def send_encoded(self, data: bytes) -> None:
+        """Send what `encoded` gave. Raises Closed."""
         try:
             with self._sending:
                 self._socket.sendall(_LENGTH.pack(len(data)) + data)
@@ -58,6 +69,17 @@ class Channel(Generic[Incoming]):
             return self._decoder.decode(self._exactly(length))
         except msgspec.DecodeError as error:
             raise CommError(f"not a message: {error}") from error
+
+    def check(self) -> None:
+        """Raise Closed if the other side is gone, as far as what it said was read."""
+        try:
+            is_gone = self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return
+        except OSError:
+            is_gone = True
+        if is_gone:
+            raise Closed("the connection was closed")
 
     def fileno(self) -> int:
         return self._socket.fileno()

@@ -6,16 +6,22 @@ together. See `moe_serve.llm.TokenEngine`.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moe_serve.config import EngineConfig
-from moe_serve.engine.engine import EngineStats
-from moe_serve.errors import CommError, MoeServeError
+from moe_serve.engine.engine import EngineStats, check_ids
+from moe_serve.engine.ranks import file_of_rank
+from moe_serve.errors import CommError, ConfigError, MoeServeError, RequestError
 from moe_serve.experts.placement.base import Placement
 from moe_serve.experts.placement_file import as_json, placement_from
+from moe_serve.experts.trace import join_traces
+from moe_serve.launch.channel import encoded
 from moe_serve.launch.homes import Homes
 from moe_serve.launch.links import Link, finish_all
 from moe_serve.launch.messages import (
@@ -36,7 +42,10 @@ from moe_serve.launch.messages import (
 from moe_serve.launch.move_budget import MoveBudget
 from moe_serve.launch.rebalancer import Rebalancer
 from moe_serve.models.spec import ModelSpec
+from moe_serve.text.interrupts import HeldInterrupt
 from moe_serve.types import Request, StepOutput
+
+logger = logging.getLogger(__name__)
 
 # steps between two looks at what tokens used, for homes by affinity
 _LEARN_EVERY = 16
@@ -75,7 +84,7 @@ class RankedEngine:
         self._bytes_moved, self._moving_s = 0, 0.0
         self._budget = MoveBudget()
         self._failure: str | None = None
-        self._is_closed = False
+        self._is_closed = self._has_ended = False
         first = links[0].ready
         self.max_model_len = min(link.ready.max_model_len for link in links)
         self.numerics_id = first.numerics_id
@@ -89,7 +98,7 @@ class RankedEngine:
         self._homes = Homes(len(links), spec.vocab_size, placement if by_affinity else None)
         self._is_learning = placement is not None and by_affinity
         self._num_steps = 0
-        self._stats = self._gathered()
+        self._stats = self._together([link.ready.stats for link in links])
 
     @property
     def has_unfinished(self) -> bool:
@@ -101,6 +110,12 @@ class RankedEngine:
         An output that takes its prompt's blocks from another one runs where that one does, so all n
         outputs of a request have one home.
         """
+        check_ids(request, self.spec.vocab_size)
+        if request.request_id in self._live:
+            raise RequestError(
+                f"request_id {request.request_id!r} is in use by an unfinished request; "
+                "give another, or abort that one"
+            )
         sampling = request.sampling
         longest = max(0, self.max_model_len - len(request.prompt_ids))
         new = min(longest, sampling.max_tokens or longest)
@@ -160,10 +175,12 @@ class RankedEngine:
         Raises ConfigError for a placement of another model or other ranks, or while one is under
         way.
         """
-        self._budget = MoveBudget(bytes_per_step)
+        if bytes_per_step is not None and bytes_per_step < 1:
+            raise ConfigError(f"bytes_per_step is {bytes_per_step}; it must be 1 or more")
         for reply in self._call_all(Place(as_json(placement))):
             if reply.failure is not None:
                 raise reply.failure.error()
+        self._budget = MoveBudget(bytes_per_step)
         self._homes.place(placement)
         if self._rebalancer is not None:
             self._rebalancer.present = placement
@@ -183,21 +200,36 @@ class RankedEngine:
     def release(self) -> None:
         """Let scripts that run on every rank go on: a run of rank 0 has ended."""
         if not self._is_over:
-            for link in self._links:
-                link.start(Release())
+            data = encoded(Release())
+            with contextlib.suppress(CommError):  # who calls next will hear of it
+                for link in self._links:
+                    link.start(Release(), data)
 
     def close(self) -> None:
         """End all ranks; each writes what it was asked to. Raises what one of them could not."""
         if self._is_over:
+            if not self._has_ended:  # an interrupt cut the end short
+                self._end(CommError(self._failure or "closed"))
             return
         self._stats = self._gathered()
-        try:
-            replies = self._call_all(Close())
-        finally:
-            self._end(None)
+        replies = self._call_all(Close())
+        self._end(None)
         for rank, reply in enumerate(replies):
             if reply.failure is not None:
                 raise reply.failure.error(f"rank {rank}: ")
+        self._join_traces()
+
+    def _join_traces(self) -> None:
+        """Make one trace of those of the ranks, where all of them are on this machine."""
+        path = self.config.experts.record_trace
+        if path is None:
+            return
+        parts = [file_of_rank(Path(path), rank) for rank in range(len(self._links))]
+        if all(part.is_file() for part in parts):
+            join_traces(parts, Path(path))
+        else:
+            names = ", ".join(part.name for part in parts)
+            logger.warning("%s: each rank has written its own, on its machine: %s", path, names)
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -221,10 +253,11 @@ class RankedEngine:
             raise CommError(f"the ranks have ended: {self._failure}")
         if self._is_closed:
             raise CommError("the ranks were closed; make another engine")
+        data = encoded(call)  # what cannot be said harms nobody
         try:
             called = [self._links[rank] for rank in ranks]
             for link in called:
-                link.start(call)
+                link.start(call, data)
             replies = finish_all(called)
         except BaseException as error:  # an interrupt, too: replies would be mixed up
             self._end(error)
@@ -241,11 +274,13 @@ class RankedEngine:
         self._is_unfinished = [False] * len(self._links)
         if error is not None:
             self._failure = str(error) or type(error).__name__
-        for link in self._links:
-            link.close()
-        if self._rebalancer is not None:
-            self._rebalancer.close()
-        self._on_end(error)
+        with HeldInterrupt():
+            for link in self._links:
+                link.close()
+            if self._rebalancer is not None:
+                self._rebalancer.close()
+            self._on_end(error)
+            self._has_ended = True
 
     # -- books -------------------------------------------------------------------------------------
 
@@ -268,12 +303,18 @@ class RankedEngine:
             if self._is_learning:
                 for token_ids, experts in used:
                     self._homes.learn(token_ids, experts)
-            if rebalancer is not None and not self.is_moving:
-                rebalancer.consider([experts for _, experts in used])
-        if rebalancer is not None and not self.is_moving:
-            placement = rebalancer.found()
-            if placement is not None:
+            if rebalancer is not None:
+                rebalancer.learn([experts for _, experts in used])
+        if rebalancer is None or self.is_moving:
+            return
+        if is_due:
+            rebalancer.consider()
+        placement = rebalancer.found()
+        if placement is not None:
+            try:
                 self.place(placement)
+            except ConfigError as error:  # a strategy that gives what is none
+                rebalancer.refused(error)
 
     def _gathered(self) -> EngineStats:
         found: list[RankStats] = []
@@ -281,6 +322,9 @@ class RankedEngine:
             if reply.stats is None:
                 raise CommError("a rank gave no statistics")
             found.append(reply.stats)
+        return self._together(found)
+
+    def _together(self, found: Sequence[RankStats]) -> EngineStats:
         stats = [one.stats for one in found]
         ranks = [{"rank": rank, **one.to_json()} for rank, one in enumerate(found)]
         if self._rebalancer is not None:
@@ -292,12 +336,12 @@ class RankedEngine:
             num_running=sum(one.num_running for one in stats),
             model_bytes=sum(one.model_bytes for one in stats),
             kv_bytes=sum(one.kv_bytes for one in stats),
-            experts=_together([one.experts for one in stats]),
+            experts=_experts_of([one.experts for one in stats]),
             ranks=ranks,
         )
 
 
-def _together(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _experts_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what is said of all ranks' experts in one: counts added up, by layer and in all."""
     if not all(reports):
         return {}
@@ -317,4 +361,10 @@ def _together(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "total": {
             name: sum(report["total"][name] for report in reports) for name in first["total"]
         },
+        **_guesses([report["prefetch"] for report in reports if "prefetch" in report]),
     }
+
+
+def _guesses(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is said of all ranks' guesses: whether any still makes some."""
+    return {"prefetch": {"is_on": any(report["is_on"] for report in reports)}} if reports else {}

@@ -17,6 +17,10 @@ DEAD_AFTER_S = 10 * BEAT_S
 _CAUSE_S = 0.5
 
 
+class Gone(CommError):
+    """A rank has ended, whatever the others say of it."""
+
+
 class LocalLink:
     """To the rank of this very process, which works in `finish`."""
 
@@ -27,7 +31,7 @@ class LocalLink:
         self._worker = worker
         self._call: Call = Release()
 
-    def start(self, call: Call) -> None:
+    def start(self, call: Call, data: bytes) -> None:
         self._call = call
 
     def finish(self) -> Reply:
@@ -35,24 +39,23 @@ class LocalLink:
         return self._worker.do(self._call)
 
     def close(self) -> None:
-        """Nothing is open."""
+        self._worker.close()
 
 
 class RemoteLink:
     """To a rank in another process."""
 
-    ready: Ready
-
     def __init__(self, rank: int, channel: Channel[FromRank]) -> None:
         self.rank = rank
         self._channel = channel
+        self._ready: Ready | None = None
         self._last_s = time.monotonic()
 
-    def start(self, call: Call) -> None:
-        """Say what to do. Raises CommError when the rank is gone."""
+    def start(self, call: Call, data: bytes) -> None:
+        """Say what to do; data: `call`, encoded. Raises CommError when the rank is gone."""
         self._last_s = time.monotonic()
         try:
-            self._channel.send(call)
+            self._channel.send_encoded(data)
         except Closed as error:
             raise self._is_gone(error) from error
 
@@ -71,6 +74,23 @@ class RemoteLink:
             raise CommError(f"rank {self.rank} said {type(message).__name__}, no reply")
         return message
 
+    @property
+    def is_ready(self) -> bool:
+        return self._ready is not None
+
+    @property
+    def ready(self) -> Ready:
+        assert self._ready is not None
+        return self._ready
+
+    def take_ready(self) -> None:
+        """Read one message of a rank that is loading. Raises what it failed of."""
+        message = self.take()
+        if isinstance(message, Reply) and message.failure is not None:
+            raise message.failure.error()
+        if isinstance(message, Ready):
+            self._ready = message
+
     def check(self) -> None:
         """Raise CommError where there was no sign of life for too long."""
         if time.monotonic() - self._last_s > DEAD_AFTER_S:
@@ -83,7 +103,7 @@ class RemoteLink:
         self._channel.close()
 
     def _is_gone(self, error: Closed) -> CommError:
-        return CommError(f"rank {self.rank} is gone: {error}")
+        return Gone(f"rank {self.rank} is gone: {error}")
 
     def _is_frozen(self) -> CommError:
         return CommError(f"rank {self.rank} has given no sign of life for {DEAD_AFTER_S:.0f} s")
@@ -129,18 +149,35 @@ def finish_all(links: Sequence[Link]) -> list[Reply]:
 
 def wait_until_ready(links: Sequence[RemoteLink]) -> None:
     """Return when all ranks have loaded their part. Raises what one of them failed of."""
-    pending = list(links)
-    while pending:
-        there, _, _ = select.select(pending, [], [], _CAUSE_S)
+    while not poll_all(links, _CAUSE_S):
+        pass
+
+
+def poll_all(links: Sequence[RemoteLink], wait_s: float = 0.0) -> bool:
+    """Read what ranks that load have said; return whether all are ready.
+
+    Raises what one of them failed of; if that is another one's end, of that.
+    """
+    pending = [link for link in links if not link.is_ready]
+    complaint: CommError | None = None
+    for _ in range(2):
+        there, _, _ = select.select(pending, [], [], wait_s)
         for link in there:
-            message = link.take()
-            if isinstance(message, Reply) and message.failure is not None:
-                raise message.failure.error()
-            if isinstance(message, Ready):
-                link.ready = message
+            try:
+                link.take_ready()
+            except Gone:
+                raise
+            except CommError as error:
+                complaint = error
                 pending.remove(link)
-        for link in pending:
-            link.check()
+        if complaint is None:
+            break
+        wait_s = _CAUSE_S  # for what became of those it complains of
+    if complaint is not None:
+        raise complaint
+    for link in pending:
+        link.check()
+    return all(link.is_ready for link in links)
 
 
 def _complaint(rank: int, reply: Reply) -> CommError | None:

@@ -93,15 +93,6 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     """Sent every second while a call, or the loading, is under way."""
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """A rank has loaded its part, and waits for calls."""
-
-    max_model_len: int
-    numerics_id: str
-    about: str
-    placement: dict[str, Any] | None
-
-
 class RankStats(msgspec.Struct, frozen=True):
     """One rank's counts since its start; sizes in bytes.
 
@@ -121,10 +112,22 @@ class RankStats(msgspec.Struct, frozen=True):
     epoch: int
     experts_moved: int
     bytes_moved: int
+    steps_by_dispatcher: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         told: dict[str, Any] = msgspec.to_builtins(self)
-        return {**told.pop("stats"), **told}
+        stats = told.pop("stats")
+        return {**{name: value for name, value in stats.items() if name != "ranks"}, **told}
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """A rank has loaded its part, and waits for calls."""
+
+    max_model_len: int
+    numerics_id: str
+    about: str
+    placement: dict[str, Any] | None
+    stats: RankStats
 
 
 class TokensUsed(msgspec.Struct, frozen=True):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from moe_serve.experts.placement.base import Mesh
 from moe_serve.launch.channel import Channel
 from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.launch.environment import RankEnvironment, read_environment
-from moe_serve.launch.links import LocalLink, RemoteLink, wait_until_ready
+from moe_serve.launch.links import LocalLink, RemoteLink, poll_all, wait_until_ready
 from moe_serve.launch.messages import Call, FromRank, Hello
 from moe_serve.launch.rank import open_worker
 from moe_serve.launch.rendezvous import JOIN_S, Rendezvous
@@ -28,6 +31,9 @@ from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 
 logger = logging.getLogger(__name__)
+
+_ACCEPT_S = 1.0
+_HAS_FOLLOWED: list[object] = []
 
 Progress = Callable[[int, int], None] | None
 
@@ -68,12 +74,18 @@ def _of_torchrun(
     if environment.rank > 0:
         channel = _connected(rendezvous)
         heart = Heart(channel)
+        rendezvous.watch = channel.check
         try:
-            return Follower(open_worker(config, model, rendezvous), channel, heart)
+            follower = Follower(open_worker(config, model, rendezvous), channel, heart)
         except BaseException as error:
+            heart.stop()
             tell_failure(channel, error)
             raise
+        if not _HAS_FOLLOWED:
+            _HAS_FOLLOWED.append(atexit.register(Follower.follow_all))
+        return follower
     links = _listening(rendezvous)
+    rendezvous.watch = functools.partial(poll_all, links)
     try:
         local = LocalLink(open_worker(config, model, rendezvous))
         wait_until_ready(links)
@@ -91,17 +103,20 @@ def _listening(rendezvous: Rendezvous) -> list[RemoteLink]:
     token = secrets.token_hex(16)
     family = socket.AF_INET6 if ":" in environment.master_host else socket.AF_INET
     links: dict[int, RemoteLink] = {}
+    end_s = time.monotonic() + JOIN_S
     with socket.socket(family) as listener:
         listener.bind(("", 0))
         listener.listen(environment.world_size)
-        listener.settimeout(JOIN_S)
+        listener.settimeout(_ACCEPT_S)
         rendezvous.tell("coordinator", f"{listener.getsockname()[1]} {token}")
         while len(links) < environment.world_size - 1:
+            if time.monotonic() > end_s:
+                missing = sorted(set(range(1, environment.world_size)) - set(links))
+                raise CommError(f"ranks {missing} have not come after {JOIN_S:.0f} s")
             try:
                 connection = listener.accept()[0]
-            except TimeoutError as error:
-                missing = sorted(set(range(1, environment.world_size)) - set(links))
-                raise CommError(f"ranks {missing} have not come after {JOIN_S:.0f} s") from error
+            except TimeoutError:
+                continue
             channel: Channel[FromRank] = Channel(connection, FromRank)
             rank = said_hello(channel, token)
             if rank is not None:

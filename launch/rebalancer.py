@@ -84,6 +84,7 @@ class Rebalancer:
         self._every = options.rebalance
         self.present = present
         self._steps = 0
+        self._base = present
         self._ids: list[Array] = []
         self._thread = ThreadPoolExecutor(1, "rebalance")
         self._pending: Future[Proposal] | None = None
@@ -98,16 +99,25 @@ class Rebalancer:
         self._steps += 1
         return self._pending is None and self._steps % self._every == 0
 
-    def consider(self, ids: Sequence[Array]) -> None:
-        """Begin to look for a better placement. ids: of each rank, [num_tokens, layers, top_k]."""
+    def learn(self, ids: Sequence[Array]) -> None:
+        """Take note of what tokens used. ids: of each rank, [num_tokens, layers, top_k]."""
         self._ids += [one for one in ids if len(one)]
         num_tokens = sum(len(one) for one in self._ids)
-        if num_tokens < LEAST_TOKENS:
-            return
-        while num_tokens - len(self._ids[0]) >= MOST_TOKENS:
+        while self._ids and num_tokens - len(self._ids[0]) >= MOST_TOKENS:
             num_tokens -= len(self._ids.pop(0))
+
+    def consider(self) -> None:
+        """Begin to look for a better placement, if enough was learned and none is looked for."""
+        if self._pending is not None or sum(map(len, self._ids)) < LEAST_TOKENS:
+            return
         together = np.concatenate(self._ids)
+        self._base = self.present
         self._pending = self._thread.submit(propose, self._options, self.present, together)
+
+    def refused(self, error: Exception) -> None:
+        """Take note that what was found cannot be had."""
+        self._error = f"{type(error).__name__}: {error}"
+        logger.warning("rebalancing: %s", self._error)
 
     def found(self) -> Placement | None:
         """Return a placement that is to be taken over, if there is one now."""
@@ -119,14 +129,12 @@ class Rebalancer:
         try:
             proposal = pending.result()
         except Exception as error:  # it must not end the service, nor end in silence
-            self._error = f"{type(error).__name__}: {error}"
-            logger.warning("rebalancing: no placement: %s", self._error)
+            self.refused(error)
             return None
         self._costs = (proposal.present_cost, proposal.cost)
-        if not proposal.is_better:
+        if not proposal.is_better or self._base is not self.present:
             return None
         self._num_adopted += 1
-        self.present = proposal.placement
         return proposal.placement
 
     def report(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import msgspec
@@ -39,11 +39,15 @@ class _Alike(msgspec.Struct, frozen=True):
 
 
 class Rendezvous:
-    """The store of one world, and this rank's place in it."""
+    """The store of one world, and this rank's place in it.
+
+    watch: called while it waits; raises when it is of no use any more.
+    """
 
     def __init__(self, environment: RankEnvironment, store: Store) -> None:
         self.environment = environment
         self.store = store
+        self.watch: Callable[[], object] = _nothing
         self._has_spoken = False
 
     @classmethod
@@ -159,11 +163,16 @@ class Rendezvous:
         end_s = time.monotonic() + limit_s
         try:
             while not self.store.check(names):
+                self.watch()
                 if time.monotonic() > end_s:
                     raise CommError(f"no answer after {limit_s:.0f} s: {', '.join(names)}")
                 time.sleep(_POLL_S)
         except RuntimeError as error:
             raise CommError(f"the store of the ranks is gone: {error}") from error
+
+
+def _nothing() -> None:
+    """Watch nobody."""
 
 
 def _difference(name: str, rank: int, first: Mapping[str, str], other: Mapping[str, str]) -> str:

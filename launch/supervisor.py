@@ -29,7 +29,7 @@ from moe_serve.launch.messages import FromRank, Hello
 from moe_serve.launch.rank import OPTIONS_FILE, SOCKET_FILE
 from moe_serve.launch.rendezvous import JOIN_S
 
-_HELLO_S = 10.0
+_HELLO_S = 2.0
 _END_S = 5.0
 _LOCALHOST = "127.0.0.1"
 
@@ -39,7 +39,7 @@ class Supervisor:
 
     def __init__(self, config: EngineConfig, model: Path, num_ranks: int) -> None:
         """Start them; `links` waits until they are there. Raises CommError."""
-        self._folder = Path(tempfile.mkdtemp(prefix="moe-serve-"))  # nobody else may enter
+        self._folder = _new_folder()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._token = secrets.token_hex(16)
         self._links: dict[int, RemoteLink] = {}
@@ -63,6 +63,7 @@ class Supervisor:
         try:
             links = self._connected()
             wait_until_ready(links)
+            self._forget_folder()  # all have read what is there
             return links
         except BaseException as error:
             self.end(error)
@@ -85,6 +86,9 @@ class Supervisor:
             link.close()
         if hasattr(self, "_listener"):
             self._listener.close()
+        self._forget_folder()
+
+    def _forget_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, rank: int, num_ranks: int) -> subprocess.Popen[bytes]:
@@ -135,11 +139,19 @@ class Supervisor:
         return [links[rank] for rank in sorted(links)]
 
 
+def _new_folder() -> Path:
+    """Make a folder that nobody else may enter, with a name short enough for a socket's."""
+    folder = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="moe-serve-", dir="/tmp" if len(folder) > 60 else folder))
+
+
 def said_hello(channel: Channel[FromRank], token: str) -> int | None:
     """Return who connected; None, and the connection closed, if it is nobody of ours."""
     try:
         hello = channel.receive(_HELLO_S)
-        if isinstance(hello, Hello) and secrets.compare_digest(hello.token, token):
+        if isinstance(hello, Hello) and secrets.compare_digest(
+            hello.token.encode(), token.encode()
+        ):
             return hello.rank
     except (CommError, Closed, TimeoutError):
         pass

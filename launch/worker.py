@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
+import select
 import threading
-import time
+from typing import ClassVar
 
 import torch
 
@@ -35,6 +37,8 @@ from moe_serve.launch.messages import (
 )
 from moe_serve.types import StepOutput
 
+logger = logging.getLogger(__name__)
+
 BEAT_S = 1.0
 
 
@@ -50,7 +54,12 @@ class RankWorker:
     def ready(self) -> Ready:
         engine = self.engine
         placement = None if engine.placement is None else as_json(engine.placement)
-        return Ready(engine.max_model_len, engine.numerics_id, self._about, placement)
+        about = (engine.max_model_len, engine.numerics_id, self._about)
+        return Ready(*about, placement, self._stats())
+
+    def close(self) -> None:
+        """Give back what only ranks have."""
+        self._world.close()
 
     def do(self, call: Call) -> Reply:
         """Carry out one call. What is wrong with it alone comes back as the reply's failure.
@@ -67,7 +76,7 @@ class RankWorker:
                 case Stop(request_id=request_id, index=index):
                     return self._reply(is_true=engine.stop(request_id, index))
                 case Step(move_bytes=move_bytes):
-                    outputs = engine.step(move_bytes)
+                    outputs = self._step(move_bytes)
                     self._num_steps += 1
                     self._num_tokens += sum(len(output.token_ids) for output in outputs)
                     return self._reply(tuple(outputs))
@@ -88,6 +97,15 @@ class RankWorker:
         except MoeServeError as error:
             return self._reply(failure=Failure.of(error))
         return self._reply()
+
+    def _step(self, move_bytes: int) -> list[StepOutput]:
+        """Take part in a step. Whatever fails here fails all: others are waiting for this rank."""
+        try:
+            return self.engine.step(move_bytes)
+        except CommError:
+            raise
+        except MoeServeError as error:
+            raise CommError(f"{type(error).__name__}: {error}") from error
 
     def _reply(
         self,
@@ -123,63 +141,104 @@ class RankWorker:
             epoch=self.engine.epoch,
             experts_moved=self.engine.num_moved,
             bytes_moved=self.engine.bytes_moved,
+            steps_by_dispatcher=self.engine.steps_by_dispatcher(),
         )
 
 
 class Heart:
-    """Sends a sign of life every second while its rank is busy, from a thread of its own."""
+    """Sends a sign of life every second, from a thread of its own."""
 
     def __init__(self, channel: Channel[Call]) -> None:
-        self.is_busy = True
         self._channel = channel
+        self._is_over = threading.Event()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
+    def stop(self) -> None:
+        self._is_over.set()
+
     def _beat(self) -> None:
-        while True:
-            time.sleep(BEAT_S)
-            if self.is_busy:
-                try:
-                    self._channel.send(Beat())
-                except CommError:
-                    return
+        while not self._is_over.wait(BEAT_S):
+            try:
+                self._channel.send(Beat())
+            except CommError:
+                return
 
 
 class Follower:
     """The end of a rank that is told what to do by a coordinator in another process."""
 
+    # of this process: a script may have several models, and any of them may be called at any time
+    _open: ClassVar[list[Follower]] = []
+
     def __init__(self, worker: RankWorker, channel: Channel[Call], heart: Heart) -> None:
         self.worker = worker
         self._channel = channel
         self._heart = heart
-        self.is_closed = False
-        heart.is_busy = False
+        self._num_released = 0
+        self._failure: CommError | None = None
         channel.send(worker.ready())
+        self._open.append(self)
+
+    @property
+    def is_closed(self) -> bool:
+        return self not in self._open
 
     def follow(self, until_close: bool = False) -> None:
         """Do what is said until a run has ended, or, `until_close`, until all has.
 
-        Raises CommError where ranks fail each other, or the coordinator is gone.
+        What the coordinators of this process' other models say is done meanwhile. Raises CommError
+        where ranks fail each other, or the coordinator is gone.
         """
         while not self.is_closed:
-            try:
-                call = self._channel.receive()
-                if isinstance(call, Release):
-                    if until_close:
-                        continue
-                    return
-                self._heart.is_busy = True
-                reply = self.worker.do(call)
-                self._heart.is_busy = False
-                self._channel.send(reply)
-                self.is_closed = isinstance(call, Close)
-            except Closed as error:
-                self.is_closed = True
-                self.worker.engine.close()
-                raise CommError("rank 0, or what started the ranks, is gone") from error
-            except BaseException as error:
-                self.is_closed = True
-                tell_failure(self._channel, error)
+            if self._num_released and not until_close:
+                self._num_released -= 1
+                return
+            for follower in select.select(self._open, [], [])[0]:
+                follower.take()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    @classmethod
+    def follow_all(cls) -> None:
+        """Do what is said until every coordinator has closed: nobody is left to raise to."""
+        followers = list(cls._open)
+        while cls._open:
+            for follower in select.select(cls._open, [], [])[0]:
+                follower.take()
+        for follower in followers:
+            if follower._failure is not None:
+                logger.error("%s", follower._failure)
+
+    def fileno(self) -> int:
+        return self._channel.fileno()
+
+    def take(self) -> None:
+        """Do one thing that was said. What cannot go on is closed, and raised by `follow`."""
+        try:
+            call = self._channel.receive()
+            if isinstance(call, Release):
+                self._num_released += 1
+                return
+            self._channel.send(self.worker.do(call))
+            if isinstance(call, Close):
+                self._end()
+        except Closed:
+            self.worker.engine.close()
+            self._failure = CommError("rank 0, or what started the ranks, is gone")
+            self._end()
+        except BaseException as error:
+            tell_failure(self._channel, error)
+            self._end()
+            if not isinstance(error, CommError):
                 raise
+            self._failure = error
+
+    def _end(self) -> None:
+        self._open.remove(self)
+        self._heart.stop()
+        self._channel.close()
+        self.worker.close()
 
 
 def tell_failure(channel: Channel[Call], error: BaseException) -> None:

@@ -138,7 +138,8 @@ class ExpertsConfig:
         metadata={"help": "Experts of each layer held in memory; default: what fits."},
     )
     expert_cache_gb: float | None = field(
-        default=None, metadata={"help": "Memory for experts, GiB; default: what fits."}
+        default=None,
+        metadata={"help": "Memory for experts, GiB, of each rank; default: what fits."},
     )
     expert_cache_scope: str = field(
         default="layer",
@@ -182,7 +183,10 @@ class ExpertsConfig:
     )
     usage_profile: str | None = field(
         default=None,
-        metadata={"help": "File of which experts were used: read at start, written at the end."},
+        metadata={
+            "help": "File of which experts were used: read at start, written at the end; with "
+            "ranks one for each (NAME-rank0...)."
+        },
     )
     record_trace: str | None = field(
         default=None, metadata={"help": "Record every token's experts in this .npz file."}
@@ -221,7 +225,8 @@ class RanksConfig:
     ep_size: int | None = field(
         default=None,
         metadata={
-            "help": "Ranks that share the experts, started here; under torchrun: the world's size.",
+            "help": "Option ep_size: ranks that share the experts, started here; under torchrun: "
+            "the world's size.",
             "flag": "--ep",
         },
     )
@@ -346,7 +351,7 @@ class EngineConfig:
         branches: dict[str, dict[str, Any]] = {}
         for name, value in options.items():
             if name not in leaves:
-                raise ConfigError(f"no option {name!r}{nearest(name, leaves)}")
+                raise ConfigError(f"no option {name!r}{_meant(name, leaves)}")
             leaf = leaves[name]
             _check_type(leaf, value)
             branches.setdefault(leaf.branch, {})[name] = value
@@ -358,6 +363,14 @@ class EngineConfig:
         return {
             leaf.name: getattr(getattr(self, leaf.branch), leaf.name) for leaf in option_fields()
         }
+
+
+def _meant(name: str, leaves: Mapping[str, OptionField]) -> str:
+    """Return what an unknown name was meant to be: that of a flag, or what is spelled alike."""
+    for leaf in leaves.values():
+        if leaf.flag == f"--{name}":
+            return f"; {leaf.flag} is the flag of {leaf.name!r}"
+    return nearest(name, leaves)
 
 
 def changed(branch: Any) -> list[str]:
@@ -444,7 +457,7 @@ def resolve_options(
         if variable.startswith(ENVIRONMENT_PREFIX):
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             if name not in leaves:
-                raise ConfigError(f"environment {variable}: no such option{nearest(name, leaves)}")
+                raise ConfigError(f"environment {variable}: no such option{_meant(name, leaves)}")
             merged[name] = _parse(leaves[name], variable, text)
     merged.update({name: value for name, value in flags.items() if value is not None})
     return merged

@@ -127,7 +127,6 @@ class LLM:
             engine = open_engine(config, folder, on_progress=on_progress)
         if isinstance(engine, Follower):
             self._follower = engine
-            self._end = weakref.finalize(self, _follow_to_the_end, engine)
             engine = engine.worker.engine
         self._adopt(engine, tokenizer, defaults, template)
 
@@ -187,11 +186,9 @@ class LLM:
         Also done when the object goes, and at the interpreter's exit; twice does no harm. Raises
         TraceError for what cannot be written. A rank above 0 works on until rank 0 has closed.
         """
-        if self._end.detach() is None:
-            return
         if self._follower is not None:
             self._follower.follow(until_close=True)
-        else:
+        elif self._end.detach() is not None:
             self.engine.close()
 
     def __enter__(self) -> Self:
@@ -241,9 +238,10 @@ class LLM:
         """
         if self._followed():
             return []
-        listed = _prompt_list(prompts)
-        params = self._params_list(sampling_params, len(listed))
-        return self._generate(listed, params, _priorities(priority, len(listed)), use_tqdm)
+        with self._released():
+            listed = _prompt_list(prompts)
+            params = self._params_list(sampling_params, len(listed))
+            return self._generate(listed, params, _priorities(priority, len(listed)), use_tqdm)
 
     def chat(
         self,
@@ -261,14 +259,17 @@ class LLM:
         """
         if self._followed():
             return []
-        many = isinstance(messages, Sequence) and messages and not isinstance(messages[0], Mapping)
-        conversations = cast("list[Conversation]", messages if many else [messages])
-        prompts: list[Prompt] = []
-        for index, conversation in enumerate(conversations):
-            with _naming("conversation", index, len(conversations)):
-                prompts.append(self.requests.chat_prompt(conversation, cache_salt=cache_salt))
-        params = self._params_list(sampling_params, len(prompts))
-        return self._generate(prompts, params, _priorities(priority, len(prompts)), use_tqdm)
+        with self._released():
+            many = (
+                isinstance(messages, Sequence) and messages and not isinstance(messages[0], Mapping)
+            )
+            conversations = cast("list[Conversation]", messages if many else [messages])
+            prompts: list[Prompt] = []
+            for index, conversation in enumerate(conversations):
+                with _naming("conversation", index, len(conversations)):
+                    prompts.append(self.requests.chat_prompt(conversation, cache_salt=cache_salt))
+            params = self._params_list(sampling_params, len(prompts))
+            return self._generate(prompts, params, _priorities(priority, len(prompts)), use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
@@ -279,8 +280,12 @@ class LLM:
         """
         if self._followed():
             return iter(())
-        sampling = sampling_params or self.default_sampling_params()
-        prepared = self.prepare(prompt, sampling, priority=priority)
+        try:
+            sampling = sampling_params or self.default_sampling_params()
+            prepared = self.prepare(prompt, sampling, priority=priority)
+        except BaseException:
+            self._release()
+            raise
         return self._stream(prepared)
 
     def stream_text(
@@ -319,14 +324,15 @@ class LLM:
         """
         if self._followed():
             return
-        run = _Run(self, prepared)
-        try:
-            while changed := run.advance():
-                for served in changed:
-                    if served.state.is_finished:
-                        yield run.finish(served)
-        finally:
-            run.close()
+        with self._released():
+            run = _Run(self, prepared)
+            try:
+                while changed := run.advance():
+                    for served in changed:
+                        if served.state.is_finished:
+                            yield run.finish(served)
+            finally:
+                run.close()
 
     def _generate(
         self,
@@ -362,15 +368,16 @@ class LLM:
         return [finished[p.request.request_id] for p in prepared]
 
     def _stream(self, prepared: PreparedRequest) -> Iterator[RequestOutput]:
-        run = _Run(self, [prepared])
-        try:
-            run.admit_next()
-            while changed := run.advance():
-                for served in changed:
-                    is_finished = served.state.is_finished
-                    yield run.finish(served) if is_finished else served.state.output()
-        finally:
-            run.close()
+        with self._released():
+            run = _Run(self, [prepared])
+            try:
+                run.admit_next()
+                while changed := run.advance():
+                    for served in changed:
+                        is_finished = served.state.is_finished
+                        yield run.finish(served) if is_finished else served.state.output()
+            finally:
+                run.close()
 
     def _pieces(self, stream: Iterator[RequestOutput]) -> Iterator[str]:
         num_shown = 0
@@ -403,6 +410,19 @@ class LLM:
             return False
         self._follower.follow()
         return True
+
+    @contextmanager
+    def _released(self) -> Iterator[None]:
+        """Let the other ranks' scripts go on at the end of a call, however it ends."""
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if isinstance(self.engine, RankedEngine):
+            with HeldInterrupt():
+                self.engine.release()
 
     def _step(self) -> None:
         """Run one step and tell every request it served, whoever waits for it."""
@@ -443,7 +463,8 @@ class _Run:
         self._source = iter(prepared)
         self._inbox: deque[_Served] = deque()
         self._mine: dict[str, _Served] = {}
-        self._meter = RunMeter(llm.engine.stats())
+        with HeldInterrupt():
+            self._meter = RunMeter(llm.engine.stats())
 
     def admit_next(self) -> bool:
         """Give the engine the next request; False if there is none. What it refuses is raised."""
@@ -524,23 +545,13 @@ class _Run:
             if self._mine and llm._untold:  # an id may come again, and must not get these
                 llm._untold = deque(o for o in llm._untold if o.request_id not in self._mine)
             self._mine.clear()
-        llm.last_run = self._meter.read(llm.engine.stats())
-        if isinstance(llm.engine, RankedEngine):
-            llm.engine.release()
+            llm.last_run = self._meter.read(llm.engine.stats())
 
 
 def _close_quietly(engine: TokenEngine) -> None:
     """Close an engine whose owner is gone: there is nobody to raise to."""
     try:
         engine.close()
-    except MoeServeError as error:
-        logger.error("%s", error)
-
-
-def _follow_to_the_end(follower: Follower) -> None:
-    """Work until rank 0 has ended, at this script's end: there is nobody to raise to."""
-    try:
-        follower.follow(until_close=True)
     except MoeServeError as error:
         logger.error("%s", error)
 

@@ -200,7 +200,10 @@ def load(
 
     given = {"max_tokens": DEFAULT_MAX_TOKENS, **sampling}
     SamplingParams.from_mapping(given)
-    llm = LLM(config=config_of(engine), chat_template=chat_template)
+    config = config_of(engine)
+    if config.ranks.ep_size is not None and config.ranks.ep_size > 1:
+        note(f"starting {config.ranks.ep_size} ranks")
+    llm = LLM(config=config, chat_template=chat_template)
     _OPEN.append(llm)
     if not llm.is_first_rank:  # it works for rank 0 until that has ended
         _close_all()
@@ -231,11 +234,13 @@ def show_run(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
         note(f"error: {why}")
     if llm.last_run is not None:
         note(llm.last_run.line(), program="")
-    experts = llm.engine.stats().experts
-    if experts:
-        from moe_serve.text.run_metrics import experts_line  # imports torch
+    from moe_serve.text.run_metrics import experts_line, ranks_line  # imports torch
 
-        note(experts_line(experts), program="")
+    stats = llm.engine.stats()
+    if stats.experts:
+        note(experts_line(stats.experts), program="")
+    if stats.ranks:
+        note(ranks_line(stats.ranks), program="")
     if failed:
         raise typer.Exit(1)
 
@@ -283,8 +288,12 @@ class PromptSource:
     @classmethod
     def read(cls, named: list[str] | None, file: Path | None, limit: int | None) -> Self:
         """Take prompts that were named, or those of a file, or else stdin as one prompt."""
+        from moe_serve.launch.environment import read_environment
         from moe_serve.text.prompt_file import read_prompt_file  # imports torch
 
+        place = read_environment()
+        if place is not None and place.rank > 0:  # rank 0 says what is asked
+            return cls([], [])
         if file is None:
             if limit is not None:
                 raise ConfigError("--limit is for --prompts; without a file it has no effect")

@@ -11,19 +11,25 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.ranks.cases import outputs_of
+from benchmarks.ranks.cases import outputs_of, random_placement
 from benchmarks.ranks.start import environment, finished, free_port, start
-from moe_serve.errors import CapacityError, CommError, ConfigError
+from moe_serve.errors import CapacityError, CommError, ConfigError, RequestError
+from moe_serve.experts.placement.base import Mesh
+from moe_serve.experts.trace import read_trace
 from moe_serve.hub import resolve_model
 from moe_serve.launch import links
+from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.llm import LLM
-from moe_serve.types import SamplingParams
+from moe_serve.types import Request, SamplingParams
 
 OPTIONS: dict[str, Any] = {
     "num_kv_blocks": 256,
@@ -293,7 +299,13 @@ def test_a_port_in_use_is_said() -> None:
         ({"ep_size": 2, "dispatcher": "local"}, ConfigError, "for one process"),
         ({"ep_size": 2, "dispatcher": "dedupe"}, ConfigError, "did you mean 'dedup'"),
         ({"ep_size": 2, "dispatcher": "static_sums"}, ConfigError, "combine='partial'"),
-        ({"ep_size": 2, "placement": "nowhere.json"}, ConfigError, "nowhere.json"),
+        ({"ep_size": 2, "placement": "nowhere.json"}, ConfigError, "no such file; .*contiguous"),
+        (
+            {"ep_size": 2, "rebalance": 1, "rebalance_slots": 4},
+            CapacityError,
+            "give at least 16 slots",
+        ),
+        ({"ep": 2}, ConfigError, "--ep is the flag of 'ep_size'"),
         ({"ep_size": 2, "emulate_link": 4.0, "expert_cache_slots": 8}, ConfigError, "one process"),
         ({"ep_size": 2, "expert_cache_slots": 2}, CapacityError, "expert_cache_slots 4"),
         ({"ep_size": 2, "num_kv_blocks": 2**30}, CapacityError, "num_kv_blocks"),
@@ -393,14 +405,16 @@ def test_a_rank_that_is_frozen_is_declared_dead(monkeypatch: pytest.MonkeyPatch)
 
 def alone() -> list[str]:
     greedy = SamplingParams(max_tokens=6, temperature=0.0)
-    prompts = ["Once upon a time", "def", "The capital of France", "Once upon a time"]
+    prompts = ["Once upon a time", "def", "The capital of France"]
     with LLM(**OPTIONS) as llm:
-        return [output.outputs[0].text for output in llm.generate(prompts, greedy, use_tqdm=False)]
+        found = llm.generate(prompts, greedy, use_tqdm=False)
+    once, code, france = (output.outputs[0].text for output in found)
+    return [once, code, once, code, france, once, "refused", code]
 
 
 def test_a_script_with_ranks_of_its_own_runs_once() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "tests.rank_script", json.dumps({"ep_size": 2})],
+        [sys.executable, "-m", "tests.rank_script", json.dumps({"ep_size": 2}), "0"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -409,14 +423,15 @@ def test_a_script_with_ranks_of_its_own_runs_once() -> None:
 
 
 def test_the_same_script_under_torchrun() -> None:
-    """Two agents, as on two nodes; rank 0 alone has the texts."""
+    """Two agents, as on two nodes; rank 0 alone has the texts, and waits for those that are late."""
     port = free_port()
+    late_s = str(links.DEAD_AFTER_S + 1)
     agents = [
         subprocess.Popen(
             [
                 sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
-                "--nproc-per-node", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1",
-                "--master-port", str(port), "-m", "tests.rank_script", "{}",
+                "--nproc-per-node", "1", "--node-rank", str(node), "--master-addr", "127.0.0.1",
+                "--master-port", str(port), "-m", "tests.rank_script", "{}", late_s,
             ],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -438,6 +453,11 @@ def test_the_command_line_under_torchrun() -> None:
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
     assert report["outputs"][0]["token_ids"]
     assert result.stderr.count("2 ranks on 1 node, 16 of 32 experts of each layer on a rank") == 1
+    assert result.stderr.count("ranks: 2 | ") == 1
+    assert (
+        sum(report["ranks"][0]["steps_by_dispatcher"].values()) == report["ranks"][0]["num_steps"]
+    )
+    assert report["metrics"]["peak_rss_bytes"] > 2 * 10**8
     run = [*command, "2", "-m", "moe_serve", "bench", "throughput", "--json"]
     run += ["--num-prompts", "4", "--num-iters", "1", "--input-len", "16", "--output-len", "4"]
     result = subprocess.run(run, capture_output=True, text=True, timeout=120)
@@ -449,3 +469,39 @@ def test_what_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with LLM(dispatcher="static", rebalance=3, **OPTIONS):
         pass
     assert "one process, so there is no effect of: dispatcher, rebalance" in caplog.text
+
+
+def folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("moe-serve-*"))
+
+
+def test_what_cannot_be_done_harms_nobody(tmp_path: Path) -> None:
+    """Requests that cannot be said, ids used twice, odd placements; then all is as it was."""
+    trace, before = tmp_path / "trace.npz", folders()
+    with LLM(ep_size=2, record_trace=str(trace), **OPTIONS) as llm:
+        engine = llm.engine
+        assert isinstance(engine, RankedEngine)
+        with pytest.raises(RequestError, match="cannot be sent"):
+            llm.generate([[1]], SamplingParams(stop=["\ud800"]), use_tqdm=False)
+        with pytest.raises(RequestError, match="token id -5"):
+            engine.add(Request(request_id="x", prompt_ids=(-5,), sampling=SamplingParams()))
+        request = Request(request_id="x", prompt_ids=(5,), sampling=SamplingParams(max_tokens=2))
+        engine.add(request)
+        with pytest.raises(RequestError, match="in use"):
+            engine.add(request)
+        outputs = [output for _ in range(2) for output in engine.step()]
+        assert [output.finish_reason for output in outputs] == [None, "length"]
+        given = random_placement(random.Random(1), Mesh(num_ranks=2, ranks_per_node=2), 6, 32)
+        with pytest.raises(ConfigError, match="bytes_per_step is 0"):
+            engine.place(given, 0)
+        with pytest.raises(ConfigError, match="5 layers"):
+            engine.place(replace(given, ranks=given.ranks[:5]))
+        engine.place(given)
+        with pytest.raises(ConfigError, match="being taken over"):
+            engine.place(given)
+        assert outputs_of(llm, expected()["prompts"], expected()["params"]) == expected()["outputs"]
+        assert folders() == before  # what ranks were started with is gone
+    recorded = read_trace(trace)
+    assert recorded.num_tokens == sum(np.diff(recorded.seq_offsets))
+    assert recorded.num_layers == NUM_LAYERS
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.npz"}

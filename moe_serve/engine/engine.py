@@ -69,7 +69,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Admit a request, or refuse it at once: RequestError or CapacityError."""
         self._refuse_if_closed()
-        self._check_ids(request)
+        check_ids(request, self.spec.vocab_size)
         self.scheduler.add(request)
 
     def step(self) -> list[StepOutput]:
@@ -157,19 +157,19 @@ class Engine:
         if self._is_closed:
             raise ConfigError("the engine was closed; make another one")
 
-    def _check_ids(self, request: Request) -> None:
-        """Refuse token ids that the model does not have, wherever a request names them."""
-        vocab_size = self.spec.vocab_size
-        sampling = request.sampling
-        named = (
-            ("prompt", request.prompt_ids),
-            ("allowed_token_ids", sampling.allowed_token_ids or ()),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", tuple(sampling.logit_bias or ())),
-        )
-        for name, ids in named:
-            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-                wrong = next(token for token in ids if not 0 <= token < vocab_size)
-                raise RequestError(
-                    f"{name} holds token id {wrong}; the model has ids 0 to {vocab_size - 1}"
-                )
+
+def check_ids(request: Request, vocab_size: int) -> None:
+    """Refuse token ids that the model does not have, wherever a request names them."""
+    sampling = request.sampling
+    named = (
+        ("prompt", request.prompt_ids),
+        ("allowed_token_ids", sampling.allowed_token_ids or ()),
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", tuple(sampling.logit_bias or ())),
+    )
+    for name, ids in named:
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < vocab_size)
+            raise RequestError(
+                f"{name} holds token id {wrong}; the model has ids 0 to {vocab_size - 1}"
+            )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moe_serve.comm.auto import Auto
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.mover import Mover
@@ -68,6 +69,7 @@ class LockstepEngine(Engine):
         self._mover: Mover | None = None
         self.num_moved = self.bytes_moved = self.num_idle_steps = 0
         self.moving_s = 0.0
+        self._num_shared = 0
 
     def step(self, move_bytes: int = 0) -> list[StepOutput]:
         """Take part in one step; return what this rank's own requests were given.
@@ -85,6 +87,7 @@ class LockstepEngine(Engine):
             self._advance(move_bytes)
             if dispatcher is not None and any(counts):
                 dispatcher.begin_step(counts)
+                self._num_shared += 1
                 if step is None:
                     self.runner.take_part(0)
         except BaseException:
@@ -106,6 +109,15 @@ class LockstepEngine(Engine):
         """How often a layer of experts was placed anew."""
         dispatcher = self.runner.model.dispatcher
         return dispatcher.layout.epoch if isinstance(dispatcher, Progress) else 0
+
+    def steps_by_dispatcher(self) -> dict[str, int]:
+        """Return in how many steps tokens travelled by each dispatcher; {} of a dense model."""
+        dispatcher = self.runner.model.dispatcher
+        if not isinstance(dispatcher, Progress):
+            return {}
+        if isinstance(dispatcher.inner, Auto):
+            return dict(dispatcher.inner.num_steps)
+        return {self.config.ranks.dispatcher: self._num_shared}
 
     def place(self, placement: Placement) -> None:
         """Begin to take another placement over, with the next steps; on all ranks at once.

@@ -70,6 +70,8 @@ class Progress:
     done: the last layer that was combined; is_open: a layer was dispatched and not combined.
     """
 
+    has_ranks = True
+
     def __init__(self, inner: Dispatcher, layout: Layout) -> None:
         self.inner = inner
         self.layout = layout
@@ -178,6 +180,8 @@ class RankParts:
         if self._progress is not None and isinstance(self._progress.inner, auto.Auto):
             hidden = torch.zeros(1, model.spec.hidden_size, dtype=model.dtype)
             self._progress.inner.fit(self._progress.layout.layers[0], hidden, top_k)
+            self._progress.inner.forget_steps()
+        self.world.forget()
 
     @property
     def about(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,16 @@ from moe_serve import plugin
 from moe_serve.comm._world import World
 from moe_serve.config import RanksConfig
 from moe_serve.errors import CapacityError, ConfigError
-from moe_serve.experts.placement.base import Array, Mesh, Placement, PlacementOptions, RoutingStats
+from moe_serve.experts.placement.base import (
+    Array,
+    Mesh,
+    Placement,
+    PlacementOptions,
+    RoutingStats,
+    room_of,
+)
 from moe_serve.experts.placement_file import read_placement
+from moe_serve.kernels.exchange.base import MOST_EXPERTS
 from moe_serve.models.expert_weights import moe_layers
 from moe_serve.models.spec import ModelSpec
 
@@ -61,12 +70,17 @@ class Share:
         return held
 
     def own_file(self, path: Path) -> Path:
-        """Return where this rank keeps what each rank writes: the name with the rank in it."""
-        return path.with_name(f"{path.stem}-rank{self.rank}{path.suffix}")
+        """Return where this rank keeps what each rank writes."""
+        return file_of_rank(path, self.rank)
 
     @property
     def most_held(self) -> int:
         return int(self.is_held.sum(axis=1).max())
+
+
+def file_of_rank(path: Path, rank: int) -> Path:
+    """Return the name that a rank's own file has: with the rank in it."""
+    return path.with_name(f"{path.stem}-rank{rank}{path.suffix}")
 
 
 def share_of(
@@ -92,9 +106,20 @@ def share_of(
             f"{mesh.num_ranks} ranks for {num_experts} experts a layer: a rank would have none; "
             f"use at most {num_experts}"
         )
+    if num_experts > MOST_EXPERTS:
+        raise CapacityError(
+            f"{num_experts} experts a layer; between ranks at most {MOST_EXPERTS} can be named"
+        )
+    if options.rebalance_slots is not None:
+        room_of(mesh, num_experts, options.rebalance_slots)  # raises where that is too few or many
     if options.placement in _WITHOUT_TRACE:
         placement = _without_trace(options.placement, mesh, len(layers), num_experts)
     else:
+        if not os.path.lexists(options.placement):
+            raise ConfigError(
+                f"placement is {options.placement!r}: there is no such file; give one of "
+                f"`moe-serve place`, or {' or '.join(_WITHOUT_TRACE)}"
+            )
         placement = read_placement(
             Path(options.placement), mesh, num_experts=num_experts, layer_ids=layers
         )

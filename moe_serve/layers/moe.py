@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+import torch
 from torch import Tensor
 
 from moe_serve.comm.base import Dispatcher
@@ -10,6 +13,8 @@ from moe_serve.kernels.forward.base import MoePart
 from moe_serve.kernels.suite import Kernels
 from moe_serve.layers.mlp import GatedMlp
 from moe_serve.layers.router import Router
+
+logger = logging.getLogger(__name__)
 
 
 class MoeLayer:
@@ -79,4 +84,11 @@ class _Shared:
         self.weights: Tensor | None = None
 
     def __call__(self) -> None:
-        self.rows, self.weights = self._layer.run_shared(self._hidden)
+        try:
+            self.rows, self.weights = self._layer.run_shared(self._hidden)
+        except (RuntimeError, MemoryError) as error:
+            if not self._layer.dispatcher.has_ranks:
+                raise
+            # other ranks wait for this one: only its own tokens end with an error
+            logger.error("shared expert of layer %d: %s", self._layer.layer, error)
+            self.rows = torch.full_like(self._hidden, float("nan"))

@@ -36,7 +36,8 @@ class RunMetrics:
 
     ttft_s: median time to first token since a request arrived. tpot_s: median time per output
     token after the first. Both are None where no request had such a token. output_tok_s and
-    requests_s are over the whole run. peak_rss_bytes is the process's since its start.
+    requests_s are over the whole run. peak_rss_bytes is the process's since its start, or that of
+    all ranks together.
     """
 
     ttft_s: float | None
@@ -105,7 +106,7 @@ class RunMeter:
             prefix_hit_tokens=after.prefix_hit_tokens - self._prefix_hit_tokens,
             model_bytes=after.model_bytes,
             kv_bytes=after.kv_bytes,
-            peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_bytes=sum(rank["peak_rss_bytes"] for rank in after.ranks) or peak_rss_bytes(),
         )
 
 
@@ -126,6 +127,25 @@ def experts_line(report: Mapping[str, Any]) -> str:
         guesses = total["useful"] + total["late"] + total["wasted"]
         state = "" if report["prefetch"]["is_on"] else " (off: it did not pay)"
         parts.append(f"prefetch {total['useful']} useful of {guesses}{state}")
+    return " | ".join(parts)
+
+
+def ranks_line(ranks: Sequence[Mapping[str, Any]]) -> str:
+    """Return in one line what ranks exchanged; see `EngineStats.ranks`."""
+    steps = {name: count for name, count in ranks[0]["steps_by_dispatcher"].items() if count}
+    parts = [
+        f"ranks: {len(ranks)}",
+        f"{_mib(sum(rank['bytes_sent'] for rank in ranks))} sent",
+        f"tokens {' '.join(str(rank['num_tokens']) for rank in ranks)}",
+    ]
+    if steps:
+        parts.append("steps by " + ", ".join(f"{name} {count}" for name, count in steps.items()))
+    if "rebalance" in ranks[0]:
+        told = ranks[0]["rebalance"]
+        parts.append(
+            f"rebalance: {told['adopted']} of {told['considered']} placements taken over, "
+            f"{ranks[0]['experts_moved']} experts moved"
+        )
     return " | ".join(parts)
 
 

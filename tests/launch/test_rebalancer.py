@@ -80,13 +80,17 @@ def considered(rebalancer: Rebalancer) -> Placement | None:
 def test_a_rebalancer_finds_a_placement_once() -> None:
     rebalancer = Rebalancer(RanksConfig(rebalance=3), contiguous())
     assert [rebalancer.is_due() for _ in range(7)] == [False, False, True] * 2 + [False]
-    rebalancer.consider([clustered(LEAST_TOKENS // 4)])
+    rebalancer.learn([clustered(LEAST_TOKENS // 4)])
+    rebalancer.consider()
     assert not rebalancer.report()["is_considering"]  # too few as yet
-    rebalancer.consider([clustered(LEAST_TOKENS, 1), clustered(0)])
+    rebalancer.learn([clustered(LEAST_TOKENS, 1), clustered(0)])
+    rebalancer.consider()
     found = considered(rebalancer)
     assert found is not None
+    rebalancer.present = found
     assert cost_of(found, clustered(500, 7)) < 1.2
-    rebalancer.consider([clustered(LEAST_TOKENS, 2)])
+    rebalancer.learn([clustered(LEAST_TOKENS, 2)])
+    rebalancer.consider()
     assert considered(rebalancer) is None
     report = rebalancer.report()
     assert (report["considered"], report["adopted"], report["error"]) == (2, 1, None)
@@ -97,7 +101,8 @@ def test_a_rebalancer_finds_a_placement_once() -> None:
 def test_a_strategy_that_fails_is_told_of_and_ends_nothing() -> None:
     options = RanksConfig(rebalance=1, rebalance_slots=2)  # 4 * 2 slots for 16 experts
     rebalancer = Rebalancer(options, contiguous())
-    rebalancer.consider([clustered(LEAST_TOKENS)])
+    rebalancer.learn([clustered(LEAST_TOKENS)])
+    rebalancer.consider()
     assert considered(rebalancer) is None
     assert "give at least 4 slots" in rebalancer.report()["error"]
     rebalancer.close()
@@ -161,3 +166,28 @@ def test_a_step_that_was_cut_short_is_not_kept() -> None:
     recent.begin(torch.zeros(0))
     recent.end()
     assert len(recent.take()[0]) == 0
+
+
+def test_what_is_noted_outside_of_a_step_is_nobodys() -> None:
+    """Rows that a rank without a token, or after a failure, sends for others."""
+    recent = RecentRouting([0])
+    recent.begin(torch.zeros(2))
+    recent.note(0, Routing(torch.ones(2, 1, dtype=torch.int64), torch.ones(2, 1)))
+    recent.abandon()
+    recent.note(0, Routing(torch.ones(0, 1, dtype=torch.int64), torch.ones(0, 1)))
+    recent.end()
+    assert len(recent.take()[0]) == 0
+
+
+def test_one_look_at_a_time() -> None:
+    rebalancer = Rebalancer(RanksConfig(rebalance=1), contiguous())
+    for seed in range(40):
+        rebalancer.learn([clustered(LEAST_TOKENS, seed)])
+        rebalancer.consider()
+    assert considered(rebalancer) is not None
+    assert rebalancer.report()["considered"] == 1
+    # a proposal that was made from another placement is of no use
+    rebalancer.consider()
+    rebalancer.present = by_group()
+    assert considered(rebalancer) is None
+    rebalancer.close()

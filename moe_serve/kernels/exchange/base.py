@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NAME = torch.int16
+MOST_EXPERTS = torch.iinfo(NAME).max
 
 
 @dataclass(frozen=True, slots=True)
