@@ -423,7 +423,7 @@ def test_a_script_with_ranks_of_its_own_runs_once() -> None:
 
 
 def test_the_same_script_under_torchrun() -> None:
-    """Two agents, as on two nodes; rank 0 alone has the texts, and waits for those that are late."""
+    """Two agents, as on two nodes; rank 0 alone has the texts, and waits for who is late."""
     port = free_port()
     late_s = str(links.DEAD_AFTER_S + 1)
     agents = [

@@ -137,7 +137,8 @@ def command_of(subject: Subject, row: Row) -> str:
         return f"moe-serve {flags} --ep {row.num_processes}"
     num_here = -(-row.num_processes // machine.num_machines)
     num_nodes = -(-row.num_processes // num_here)
-    return f"torchrun --nnodes {num_nodes} --nproc-per-node {num_here} -m moe_serve {flags}"
+    where = "--node-rank RANK --master-addr HOST --master-port 29500"
+    return f"torchrun --nnodes {num_nodes} --nproc-per-node {num_here} {where} -m moe_serve {flags}"
 
 
 def as_json(subject: Subject, plan: Plan) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def text_of_plan(subject: Subject, plan: Plan) -> str:
     title = (
         f"layouts of {subject.config.weights.model}, {str(subject.dtype).removeprefix('torch.')}: "
         f"{workload.num_seqs} prompts of {workload.input_len} tokens, {workload.output_len} out; "
-        "figures of one process, a step of decoding"
+        "a step of decoding; bytes and times of one process, tokens/s of all"
     )
     parts = ["\n".join(_constants(subject)), _table(title, plan.rows)]
     if plan.by_slots:

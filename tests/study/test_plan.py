@@ -280,7 +280,9 @@ def test_what_is_too_large_for_one_machine_goes_on_four(tmp_path: Path) -> None:
     assert (verdict.best.kind, verdict.best.num_processes) == ("ranks", 4)
     assert verdict.best.slots is None
     assert "expert parallelism pays here" in verdict.sentence
-    assert command_of(one, verdict.best).startswith("torchrun --nnodes 4 --nproc-per-node 1 -m ")
+    command = command_of(one, verdict.best)
+    assert command.startswith("torchrun --nnodes 4 --nproc-per-node 1 --node-rank RANK ")
+    assert "--master-addr HOST --master-port 29500 -m moe_serve" in command
     assert "use 4 ranks" in text_of_plan(one, plan)
 
 
