@@ -63,8 +63,8 @@ class _Live:
 class RankedEngine:
     """The ranks of one model, as one engine.
 
-    links: one for each rank, by rank. on_end: called once, when no rank is to be told anything any
-    more; it is given what went wrong, or None.
+    links: one for each rank, by rank. on_end: called when no rank is to be told anything any more
+    (again, if an interrupt cut it short); it is given what went wrong, or None.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # of the time of steps, for experts that travel
-SHARE = 0.08
+SHARE = 0.05
 # of what was measured, how much the latest counts
 _WEIGHT = 0.25
 

@@ -137,13 +137,16 @@ class Engine:
             )
         shape = experts.cache.shape.with_slots(slots_per_layer)
         more = (shape.total_slots - experts.cache.shape.total_slots) * experts.slot_bytes
-        if more > (available := available_bytes()):
+        if more > (available := self._available_bytes()):
             raise CapacityError(
                 f"{slots_per_layer} expert slots a layer need {more} bytes more, but {available} "
                 "are available; give fewer"
             )
         experts.resize(shape)
         self._model_bytes += more
+
+    def _available_bytes(self) -> int:
+        return available_bytes()
 
     def close(self) -> None:
         """Stop what runs beside the steps, and write traces and profiles that were asked for.

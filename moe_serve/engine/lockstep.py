@@ -66,6 +66,7 @@ class LockstepEngine(Engine):
         self.placement = None if rank.share is None else rank.share.placement
         self._header = rank.header
         self._world = rank.world
+        self._num_here = rank.num_here
         self._mover: Mover | None = None
         self.num_moved = self.bytes_moved = self.num_idle_steps = 0
         self.moving_s = 0.0
@@ -141,6 +142,9 @@ class LockstepEngine(Engine):
         if not isinstance(experts, RankExperts) or experts.recent is None:
             raise ConfigError("the latest routing is kept for --rebalance or --home affinity only")
         return experts.recent.take()
+
+    def _available_bytes(self) -> int:
+        return super()._available_bytes() // self._num_here
 
     def _advance(self, move_bytes: int) -> None:
         if self._mover is not None:

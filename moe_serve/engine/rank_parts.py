@@ -113,6 +113,7 @@ class RankParts:
     def __init__(self, config: EngineConfig, spec: ModelSpec, ranks: Ranks, model_id: str) -> None:
         """Raises as `share_of`."""
         self.world: World = ranks.world
+        self.num_here = ranks.num_here
         self._config = config
         self._ranks = ranks
         self._model_id = model_id
