@@ -19,7 +19,7 @@ class MoveBudget:
         self._fixed = fixed
         self._saved_s = 0.0
         self._least_s: float | None = None  # of the smallest move yet
-        self._least_bytes = 0
+        self._least_bytes = self._last_bytes = 0
         self._byte_s = 0.0
 
     def next_bytes(self) -> int:
@@ -30,8 +30,8 @@ class MoveBudget:
             return 1  # one record: they are never cut
         if self._saved_s < self._least_s:
             return 0
-        if self._byte_s <= 0:
-            return 2 * self._least_bytes
+        if self._byte_s <= 0:  # more cost no more as yet: try twice as many
+            return 2 * self._last_bytes
         return self._least_bytes + int((self._saved_s - self._least_s) / self._byte_s)
 
     def told(self, step_s: float, moved_bytes: int, moving_s: float) -> None:
@@ -39,6 +39,7 @@ class MoveBudget:
         self._saved_s += SHARE * max(0.0, step_s - moving_s) - moving_s
         if not moved_bytes:
             return
+        self._last_bytes = moved_bytes
         if self._least_s is None or moved_bytes <= self._least_bytes:
             weight = 1.0 if self._least_s is None or moved_bytes < self._least_bytes else _WEIGHT
             self._least_s = weight * moving_s + (1 - weight) * (self._least_s or 0.0)
