@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 import select
 import threading
 from typing import ClassVar
@@ -13,6 +12,7 @@ import torch
 
 from moe_serve.comm._world import World
 from moe_serve.engine.lockstep import LockstepEngine
+from moe_serve.engine.memory import peak_rss_bytes
 from moe_serve.errors import CommError, MoeServeError
 from moe_serve.experts.placement_file import as_json, placement_from
 from moe_serve.launch.channel import Channel, Closed
@@ -132,7 +132,7 @@ class RankWorker:
         return RankStats(
             stats=self.engine.stats(),
             num_threads=torch.get_num_threads(),
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_rss_bytes=peak_rss_bytes(),
             num_steps=self._num_steps,
             num_idle_steps=self.engine.num_idle_steps,
             num_tokens=self._num_tokens,

@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "max_model_len": 128,
     "enable_prefix_caching": True,
 }
+RANKS = {**OPTIONS, "dispatcher": "static"}  # nothing to measure at start
 EXACT = ("per_expert", "dedup", "all_gather", "static", "auto")
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 6, 32, 4
 RECORD_BYTES = 3 * 256 * 64 * 2
@@ -87,7 +88,7 @@ def run_cases(folder: Path, size: int, cases: list[dict[str, Any]]) -> list[dict
 
 
 def case(seed: int = 0, **options: Any) -> dict[str, Any]:
-    return {"seed": seed, "options": options}
+    return {"seed": seed, "options": {"dispatcher": "static", **options}}
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -97,7 +98,7 @@ def test_bits_are_those_of_one_process(size: int, tmp_path: Path) -> None:
     cases[1]["options"]["replicas"] = "water_filling"
     # as many prompts as ranks, of unlike lengths: each rank has no token in its turn
     cases += [{**case(seed), "num_prompts": size, "num_rounds": 8} for seed in range(2)]
-    cases[-1] |= {"bytes_per_step": 5 * RECORD_BYTES, "num_rounds": 12}
+    cases[-1] |= {"bytes_per_step": 5 * RECORD_BYTES, "num_rounds": 8}
     moved = {
         **case(size, dispatcher="dedup", replicas="water_filling"),
         "num_rounds": 8,
@@ -109,7 +110,7 @@ def test_bits_are_those_of_one_process(size: int, tmp_path: Path) -> None:
         held = case(expert_store=store, expert_cache_slots=slots, prefetch="on")
         cases.append({**held, "num_rounds": 3, "bytes_per_step": 10**9})
     by_itself = case(replicas="round_robin", rebalance=2, home="affinity", dispatcher="static")
-    by_itself["num_rounds"] = 8
+    by_itself["num_rounds"] = 6
     told = run_cases(tmp_path, size, [*cases, by_itself, moved])
     assert all(len(one["ranks"]) == size for one in told)
     for one in told:
@@ -345,9 +346,9 @@ def test_placements_of_others_are_refused(tmp_path: Path) -> None:
         path = tmp_path / "placement.json"
         path.write_text(json.dumps(placement))
         with pytest.raises(ConfigError, match=text):
-            LLM(ep_size=2, placement=str(path), **OPTIONS)
+            LLM(ep_size=2, placement=str(path), **RANKS)
     path.write_text(json.dumps(placement_json()))
-    with LLM(ep_size=2, placement=str(path), **OPTIONS) as llm:
+    with LLM(ep_size=2, placement=str(path), **RANKS) as llm:
         assert outputs_of(llm, expected()["prompts"], expected()["params"]) == expected()["outputs"]
 
 
@@ -361,7 +362,7 @@ def rank_processes() -> list[int]:
 
 
 def test_a_rank_that_is_killed_ends_all_at_once() -> None:
-    with LLM(ep_size=3, **OPTIONS) as llm:
+    with LLM(ep_size=3, **RANKS) as llm:
         stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
         next(stream)
         os.kill(rank_processes()[1], signal.SIGKILL)
@@ -391,7 +392,7 @@ def test_a_rank_that_is_killed_ends_the_others_without_a_supervisor() -> None:
 
 def test_a_rank_that_is_frozen_is_declared_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "DEAD_AFTER_S", 2.5)
-    with LLM(ep_size=2, **OPTIONS) as llm:
+    with LLM(ep_size=2, **RANKS) as llm:
         stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
         next(stream)
         os.kill(rank_processes()[1], signal.SIGSTOP)
@@ -478,7 +479,7 @@ def folders() -> set[Path]:
 def test_what_cannot_be_done_harms_nobody(tmp_path: Path) -> None:
     """Requests that cannot be said, ids used twice, odd placements; then all is as it was."""
     trace, before = tmp_path / "trace.npz", folders()
-    with LLM(ep_size=2, record_trace=str(trace), **OPTIONS) as llm:
+    with LLM(ep_size=2, record_trace=str(trace), **RANKS) as llm:
         engine = llm.engine
         assert isinstance(engine, RankedEngine)
         with pytest.raises(RequestError, match="cannot be sent"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -129,6 +130,18 @@ def _rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:
 
 def text_of(num_bytes: int) -> str:
     return f"{num_bytes} bytes ({num_bytes / GIB:.3g} GiB)"
+
+
+def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Return the most memory this process has held at once.
+
+    Linux's getrusage also counts what the process was forked from.
+    """
+    peak = _field(status, "VmHWM:")
+    if peak is not None:
+        return peak * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from moe_serve.engine.memory import peak_rss_bytes
 from moe_serve.types import RequestOutput
 
 
@@ -147,12 +146,6 @@ def ranks_line(ranks: Sequence[Mapping[str, Any]]) -> str:
             f"{ranks[0]['experts_moved']} experts moved"
         )
     return " | ".join(parts)
-
-
-def peak_rss_bytes() -> int:
-    """Return the most memory this process has held at once."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _tpot_s(output: RequestOutput) -> float | None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_serve.config import EngineConfig
-from moe_serve.engine.memory import available_bytes, num_kv_blocks
+from moe_serve.engine.memory import available_bytes, num_kv_blocks, peak_rss_bytes
 from moe_serve.errors import CapacityError
 from moe_serve.models.checkpoint import weights_bytes
 from moe_serve.models.hf_config import HFConfig
@@ -171,3 +171,10 @@ def test_groups_get_the_same_number_and_share_the_memory(spec: ModelSpec) -> Non
     counts = _blocks(both, 10 * 2**20, max_num_seqs=1000)
     assert len(set(counts)) == 1
     assert counts[0] == pytest.approx(one, rel=0.15)
+
+
+def test_the_peak_is_of_this_program_not_of_what_started_it(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text("VmPeak:\t  999 kB\nVmHWM:\t  123 kB\nVmRSS:\t  100 kB\n")
+    assert peak_rss_bytes(status) == 123 * 1024
+    assert peak_rss_bytes(tmp_path / "none") > 2**20
