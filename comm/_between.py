@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from moe_serve.kernels.suite import Kernels
 Meanwhile = Callable[[], None] | None
 
 
-class Between:
+class Between(ABC):
     """A dispatcher of one rank: the ranks, where experts are, and the kernels."""
 
     has_ranks = True
@@ -42,6 +43,6 @@ class Between:
             home, receipt.pair_of_choice, receipt.weights, shared, shared_weights
         )
 
+    @abstractmethod
     def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:
         """Return the results of this rank's own choices, where `pair_of_choice` has them."""
-        raise NotImplementedError

@@ -105,11 +105,7 @@ class RankedEngine:
         return any(self._is_unfinished)
 
     def add(self, request: Request) -> None:
-        """Give a request to the rank with the fewest tokens to come; as `Engine.add`.
-
-        An output that takes its prompt's blocks from another one runs where that one does, so all n
-        outputs of a request have one home.
-        """
+        """Give a request its home (see `Homes`), one for all its outputs; as `Engine.add`."""
         check_ids(request, self.spec.vocab_size)
         if request.request_id in self._live:
             raise RequestError(

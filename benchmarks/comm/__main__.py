@@ -137,6 +137,7 @@ def main() -> None:
         for name in (*NAMES, BARE):
             rows += rows_of(f"{arguments.ranks} ranks, {tokens} tokens a rank", name, found)
             print(f"{tokens:>6} {line_of(name, found, shape)}")
+    print("not measured: several GPUs (NCCL): no GPU kernels run the experts yet")
     if arguments.save:
         command = recorded_command("benchmarks.comm", sys.argv[1:])
         print(write_results("comm", rows, command=command))
