@@ -131,6 +131,8 @@ def main() -> int:
     parser.add_argument("--worlds", default="1,2,3,4")
     parser.add_argument("--placements", type=int, default=17, help="of each of two dispatchers")
     parser.add_argument("--random", type=int, default=20, help="combinations, on each model")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--experts", type=int, default=WIDE["num_experts"], help="of the dummy")
     parser.add_argument("--save", action="store_true", help="keep the figures in results/")
     args = parser.parse_args()
     sizes = [int(size) for size in args.worlds.split(",")]
@@ -138,12 +140,12 @@ def main() -> int:
     numerics: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(WIDE))
+        (folder / "config.json").write_text(json.dumps({**WIDE, "num_experts": args.experts}))
         common = {"num_kv_blocks": 400, "max_model_len": 128, "threads": 1}
         wide = {**common, "model": name, "load_format": "dummy", "dtype": "bfloat16"}
         for model, options, shape in (
             ("embedded", common, (6, 32, 4, 3 * 256 * 64 * 2)),
-            ("wide", wide, (4, 16, 4, 3 * 1024 * 384 * 2)),
+            ("wide", wide, (4, args.experts, 4, 3 * 1024 * 384 * 2)),
         ):
             num_layers, num_experts, top_k, record_bytes = shape
             truth = expected(options, num_layers, num_experts)
@@ -156,14 +158,18 @@ def main() -> int:
                 args.random, sizes, record_bytes, num_experts, top_k, store
             ):
                 by_size[size].append((text, case))
-            for size, named in by_size.items():
+            for size, every in by_size.items():
+                named = [(text, case) for text, case in every if args.only in text]
+                if not named:
+                    continue
                 rows += run(f"{model}, {size} ranks", size, truth, named, folder, numerics)
     num_wrong = sum(int(row.value) for row in rows if row.limit == 0)
     print(f"{num_wrong} outputs differ from one process's")
     if args.save:
         command = recorded_command("benchmarks.ranks.exactness", sys.argv[1:])
         numerics_id = ", ".join(dict.fromkeys(numerics))
-        print(write_results("ranks-exactness", rows, command=command, numerics_id=numerics_id))
+        kind = "-".join(["ranks-exactness", *args.only.split()])
+        print(write_results(kind, rows, command=command, numerics_id=numerics_id))
     return 1 if num_wrong else 0
 
 
