@@ -21,7 +21,7 @@ from moe_serve.errors import CommError, ConfigError, MoeServeError, RequestError
 from moe_serve.experts.placement.base import Placement
 from moe_serve.experts.placement_file import as_json, placement_from
 from moe_serve.experts.trace import join_traces
-from moe_serve.launch.channel import encoded
+from moe_serve.channel import encoded
 from moe_serve.launch.homes import Homes
 from moe_serve.launch.links import Link, finish_all
 from moe_serve.launch.messages import (

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from moe_serve.errors import CommError
-from moe_serve.launch.channel import Channel, Closed
+from moe_serve.channel import Channel, Closed
 from moe_serve.launch.messages import Beat, Call, FromRank, Ready, Release, Reply
 from moe_serve.launch.worker import BEAT_S, RankWorker
 

@@ -18,7 +18,7 @@ from moe_serve.engine.expert_parts import model_id_of
 from moe_serve.engine.ranks import share_of
 from moe_serve.errors import CommError, ConfigError
 from moe_serve.experts.placement.base import Mesh
-from moe_serve.launch.channel import Channel
+from moe_serve.channel import Channel
 from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.launch.environment import RankEnvironment, read_environment
 from moe_serve.launch.links import LocalLink, RemoteLink, poll_all, wait_until_ready

@@ -17,7 +17,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.lockstep import LockstepEngine
 from moe_serve.errors import ConfigError, MoeServeError
-from moe_serve.launch.channel import Channel
+from moe_serve.channel import Channel
 from moe_serve.launch.environment import read_environment
 from moe_serve.launch.messages import Call, Hello
 from moe_serve.launch.rendezvous import Rendezvous

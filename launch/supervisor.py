@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CommError
-from moe_serve.launch.channel import Channel, Closed
+from moe_serve.channel import Channel, Closed
 from moe_serve.launch.environment import RankEnvironment
 from moe_serve.launch.links import RemoteLink, wait_until_ready
 from moe_serve.launch.messages import FromRank, Hello

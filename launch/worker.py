@@ -15,7 +15,7 @@ from moe_serve.engine.lockstep import LockstepEngine
 from moe_serve.engine.memory import peak_rss_bytes
 from moe_serve.errors import CommError, MoeServeError
 from moe_serve.experts.placement_file import as_json, placement_from
-from moe_serve.launch.channel import Channel, Closed
+from moe_serve.channel import Channel, Closed
 from moe_serve.launch.messages import (
     Abort,
     Add,

@@ -1,0 +1,56 @@
+"""How much anybody may ask of a server: the one place of these numbers.
+
+Validation, guard, docs and tests read them here. The engine's own (context length, vocabulary) are
+the model's, and are checked where a request is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Sizes in bytes, times in seconds; counts where no unit is named.
+
+    Of a connection: header_bytes, header_count and body_bytes of one request; header_s until its
+    head is complete, body_s until its body is, idle_s between two requests, write_s for a client
+    that takes nothing of what is sent; connections at once.
+    Of the server: queue_requests that wait for their first token, and queue_tokens of their
+    prompts; request_s for a whole request.
+    Of one request: the others. error_bytes: of any answer that is an error.
+    """
+
+    body_bytes: int = 8 * 2**20
+    header_bytes: int = 64 * 2**10
+    header_count: int = 100
+    header_s: float = 10.0
+    body_s: float = 30.0
+    idle_s: float = 5.0
+    write_s: float = 60.0
+    connections: int = 1024
+    queue_requests: int = 256
+    queue_tokens: int = 2**20
+    request_s: float = 600.0
+    error_bytes: int = 4096
+    n: int = 16
+    prompts: int = 64
+    messages: int = 4096
+    stop: int = 16
+    stop_chars: int = 256
+    logprobs: int = 20
+    logit_bias: int = 1024
+    bad_words: int = 128
+    stop_token_ids: int = 128
+    allowed_token_ids: int = 2**20
+    name_chars: int = 256
+    json_depth: int = 64
+    grammar_bytes: int = 64 * 2**10
+    grammar_s: float = 2.0
+    template_s: float = 5.0
+    seed: int = 2**63 - 1
+    tokens: int = 2**31 - 1
+    priority: int = 2**31 - 1
+
+
+DEFAULT_LIMITS = Limits()
