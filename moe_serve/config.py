@@ -14,7 +14,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,15 @@ from moe_serve.errors import ConfigError, nearest
 
 ENVIRONMENT_PREFIX = "MOE_SERVE_"
 EMBEDDED_MODEL = "demo-moe"
+# of `moe_serve.server.options`: set for a server, and no fault of other verbs beside it
+SERVER_VARIABLES = frozenset(
+    f"{ENVIRONMENT_PREFIX}{name}"
+    for name in (
+        "HOST", "PORT", "API_KEY", "ALLOWED_HOSTS", "SERVED_MODEL_NAME", "MAX_QUEUE_REQUESTS",
+        "MAX_QUEUE_WAIT", "MAX_REQUESTS_PER_KEY", "REQUEST_TIMEOUT", "SHUTDOWN_TIMEOUT",
+        "MAX_WORLDS", "STATS_INTERVAL",
+    )
+)  # fmt: skip
 
 
 # positions, blocks and slots of the KV are counted in int32 somewhere
@@ -347,22 +356,27 @@ class EngineConfig:
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Build from leaf names and values; an unknown name or a wrong type is a ConfigError."""
-        leaves = {leaf.name: leaf for leaf in option_fields()}
-        branches: dict[str, dict[str, Any]] = {}
-        for name, value in options.items():
-            if name not in leaves:
-                raise ConfigError(f"no option {name!r}{_meant(name, leaves)}")
-            leaf = leaves[name]
-            _check_type(leaf, value)
-            branches.setdefault(leaf.branch, {})[name] = value
-        hints = typing.get_type_hints(cls)
-        return cls(**{branch: hints[branch](**values) for branch, values in branches.items()})
+        return cls(**build_branches(cls, options))
 
     def options(self) -> dict[str, Any]:
         """Return every leaf by name: what `from_options` makes this of."""
         return {
             leaf.name: getattr(getattr(self, leaf.branch), leaf.name) for leaf in option_fields()
         }
+
+
+def build_branches(tree: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the branches of `tree`, by name, that the leaves in `options` are in."""
+    leaves = {leaf.name: leaf for leaf in option_fields(tree)}
+    branches: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        if name not in leaves:
+            raise ConfigError(f"no option {name!r}{_meant(name, leaves)}")
+        leaf = leaves[name]
+        _check_type(leaf, value)
+        branches.setdefault(leaf.branch, {})[name] = value
+    hints = typing.get_type_hints(tree)
+    return {branch: hints[branch](**values) for branch, values in branches.items()}
 
 
 def _meant(name: str, leaves: Mapping[str, OptionField]) -> str:
@@ -382,7 +396,7 @@ def changed(branch: Any) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class OptionField:
-    """One leaf of the tree: where it sits, its type without None, and what the help says.
+    """One leaf of a tree: where it sits, its type without None, and what the help says.
 
     flag: on the command line, where it is not the name.
     """
@@ -398,9 +412,9 @@ class OptionField:
     flag: str | None
 
 
-def option_fields() -> Iterator[OptionField]:
-    """Yield every leaf of `EngineConfig`, in the order of its definition."""
-    for branch, branch_type in typing.get_type_hints(EngineConfig).items():
+def option_fields(tree: type = EngineConfig) -> Iterator[OptionField]:
+    """Yield every leaf of `tree`, branches of dataclasses, in the order of its definition."""
+    for branch, branch_type in typing.get_type_hints(tree).items():
         hints = typing.get_type_hints(branch_type)
         for leaf in dataclasses.fields(branch_type):
             hint = hints[leaf.name]
@@ -443,19 +457,23 @@ def resolve_options(
     flags: Mapping[str, Any],
     environ: Mapping[str, str] | None = None,
     file: str | Path | None = None,
+    trees: Sequence[type] = (EngineConfig,),
 ) -> dict[str, Any]:
     """Merge the sources of options, the first that has one winning: flags, environment, TOML file.
 
     A flag that is None was not given. An environment variable with our prefix, or a key of the
-    file, that names no option is an error.
+    file, that names no option is an error; variables of a server's options (`SERVER_VARIABLES`)
+    are passed over where `trees` have no such option.
     """
-    leaves = {leaf.name: leaf for leaf in option_fields()}
+    leaves = {leaf.name: leaf for tree in trees for leaf in option_fields(tree)}
     merged: dict[str, Any] = {}
     if file is not None:
         merged.update(_read_toml(Path(file)))
     for variable, text in (os.environ if environ is None else environ).items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            if name not in leaves and variable in SERVER_VARIABLES:
+                continue
             if name not in leaves:
                 raise ConfigError(f"environment {variable}: no such option{_meant(name, leaves)}")
             merged[name] = _parse(leaves[name], variable, text)

@@ -18,26 +18,22 @@ from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
 from moe_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_options
-from moe_serve.errors import CheckpointError, ConfigError, MoeServeError, RequestError
+from moe_serve.errors import ConfigError, MoeServeError, RequestError
 from moe_serve.hub import resolve_model
 from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.launch.open import open_engine
 from moe_serve.launch.worker import Follower
-from moe_serve.models.hf_config import (
-    GENERATION_FILE,
-    GenerationDefaults,
-    HFConfig,
-    read_generation_defaults,
-)
+from moe_serve.models.hf_config import GenerationDefaults, HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.models.spec import ModelSpec
-from moe_serve.text.chat_template import ChatTemplate, load_chat_template, read_chat_template
+from moe_serve.text.chat_template import ChatTemplate
 from moe_serve.text.interrupts import HeldInterrupt
+from moe_serve.text.model_texts import ModelTexts
 from moe_serve.text.progress import loading_bar, progress_bar
-from moe_serve.text.prompts import Message, PreparedRequest, Prompt, RequestMaker
+from moe_serve.text.prompts import Message, PreparedRequest, Prompt
 from moe_serve.text.request_output import RequestState
 from moe_serve.text.run_metrics import EngineStats, RunMeter, RunMetrics
-from moe_serve.text.tokenizer import Tokenizer, load_tokenizer
+from moe_serve.text.tokenizer import Tokenizer
 from moe_serve.types import Request, RequestOutput, SamplingParams, StepOutput
 
 Conversation = Sequence[Message]
@@ -107,28 +103,20 @@ class LLM:
                 weights.model,
             )
         spec = read_spec(HFConfig.read(folder))
-        tokenizer_folder = folder
-        if weights.tokenizer is not None:
-            tokenizer_folder = resolve_model(weights.tokenizer, None)
-        tokenizer = load_tokenizer(tokenizer_folder)
-        if tokenizer is not None:
-            tokenizer.check_fits(spec.vocab_size)  # before the weights, which may take minutes
-        special_tokens = {} if tokenizer is None else tokenizer.special_tokens
-        if chat_template is not None:
-            template: ChatTemplate | None = read_chat_template(Path(chat_template), special_tokens)
-        else:
-            template = load_chat_template(tokenizer_folder, special_tokens)
-        defaults = read_generation_defaults(folder)
-        try:
-            _sampling_of(defaults)
-        except RequestError as error:
-            raise CheckpointError(f"{folder / GENERATION_FILE}: {error}") from error
+        texts = ModelTexts.read(  # checked before the weights, which may take minutes
+            folder,
+            spec.vocab_size,
+            tokenizer_folder=None
+            if weights.tokenizer is None
+            else resolve_model(weights.tokenizer),
+            chat_template=None if chat_template is None else Path(chat_template),
+        )
         with loading_bar(is_shown=use_tqdm) as on_progress:
             engine = open_engine(config, folder, on_progress=on_progress)
         if isinstance(engine, Follower):
             self._follower = engine
             engine = engine.worker.engine
-        self._adopt(engine, tokenizer, defaults, template)
+        self._adopt(engine, texts)
 
     @classmethod
     def from_parts(
@@ -139,43 +127,23 @@ class LLM:
         chat_template: ChatTemplate | None = None,
     ) -> Self:
         """Make one around an engine that is already there."""
-        if tokenizer is not None:
-            tokenizer.check_fits(engine.spec.vocab_size)
+        texts = ModelTexts(
+            vocab_size=engine.spec.vocab_size,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            defaults=defaults or GenerationDefaults(),
+        )
         llm = cls.__new__(cls)
-        llm._adopt(engine, tokenizer, defaults or GenerationDefaults(), chat_template)
+        llm._adopt(engine, texts)
         return llm
 
-    def _adopt(
-        self,
-        engine: TokenEngine,
-        tokenizer: Tokenizer | None,
-        defaults: GenerationDefaults,
-        chat_template: ChatTemplate | None,
-    ) -> None:
-        eos_token_ids = defaults.eos_token_ids
-        if not eos_token_ids and tokenizer is not None and tokenizer.eos_id is not None:
-            eos_token_ids = frozenset({tokenizer.eos_id})
-        vocab_size = engine.spec.vocab_size
-        if eos_token_ids and min(eos_token_ids) >= vocab_size:
-            logger.warning(
-                "no end token of the model (%s) is in its vocabulary of %d: outputs end at "
-                "max_tokens",
-                ", ".join(map(str, sorted(eos_token_ids)[:8])),
-                vocab_size,
-            )
+    def _adopt(self, engine: TokenEngine, texts: ModelTexts) -> None:
         self.engine = engine
         if self._follower is None:
             self._end = weakref.finalize(self, _close_quietly, engine)
-        self.tokenizer = tokenizer
-        self.requests = RequestMaker(
-            vocab_size=vocab_size,
-            max_model_len=engine.max_model_len,
-            tokenizer=tokenizer,
-            eos_token_ids=eos_token_ids,
-            chat_template=chat_template,
-            base_seed=engine.config.runtime.seed,
-        )
-        self._defaults = defaults
+        self.tokenizer = texts.tokenizer
+        self.requests = texts.maker(engine.max_model_len, engine.config.runtime.seed)
+        self._texts = texts
         self._num_made = 0
         self._active: dict[str, _Served] = {}
         self._untold: deque[StepOutput] = deque()
@@ -213,7 +181,7 @@ class LLM:
 
     def default_sampling_params(self) -> SamplingParams:
         """Return what the model's generation_config suggests; else the defaults of the class."""
-        return _sampling_of(self._defaults)
+        return self._texts.default_sampling_params()
 
     def generate(
         self,
@@ -558,18 +526,6 @@ def _close_quietly(engine: TokenEngine) -> None:
 
 def _is_local(name: str) -> bool:
     return name == EMBEDDED_MODEL or os.path.lexists(os.path.expanduser(name))
-
-
-def _sampling_of(defaults: GenerationDefaults) -> SamplingParams:
-    named = {
-        "temperature": defaults.temperature,
-        "top_p": defaults.top_p,
-        "top_k": defaults.top_k,
-        "min_p": defaults.min_p,
-        "repetition_penalty": defaults.repetition_penalty,
-        "max_tokens": defaults.max_new_tokens,
-    }
-    return SamplingParams.from_mapping({k: v for k, v in named.items() if v is not None})
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

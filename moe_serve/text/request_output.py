@@ -142,6 +142,13 @@ class RequestState:
             output.finish_reason, output.error = "error", why
         self._num_unfinished = 0
 
+    def abort(self) -> None:
+        """End what has not ended yet with finish_reason "abort"."""
+        for output in self.outputs:
+            if output.finish_reason is None:
+                output.finish_reason = "abort"
+        self._num_unfinished = 0
+
     def output(self) -> RequestOutput:
         """Return all there is so far: texts and token ids from the start, not only what is new."""
         arrival_s = self.request.arrival_s

@@ -1,0 +1,340 @@
+"""A front end's end of the socket to its engine: requests out, tokens in, all on one event loop.
+
+Nothing is queued for whoever waits: what comes is taken into the request's state at once, and who
+asks finds all there is. So a client that reads slowly costs no memory and delays nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import struct
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+
+from moe_serve.channel import MOST_BYTES
+from moe_serve.errors import MoeServeError
+from moe_serve.server.limits import DEFAULT_LIMITS, Limits
+from moe_serve.server.messages import (
+    SILENT_AFTER_S,
+    Beat,
+    Cancel,
+    Drain,
+    Drained,
+    EngineState,
+    Failed,
+    FrontBeat,
+    Join,
+    Outputs,
+    Refused,
+    Start,
+    StatsReport,
+    StopOutput,
+    ToFront,
+    ToHost,
+    Welcome,
+)
+from moe_serve.text.prompts import PreparedRequest
+from moe_serve.text.request_output import RequestState
+from moe_serve.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_LENGTH = struct.Struct("<I")
+# of first tokens, for the guess how long a queue takes
+_RECENT_S = 10.0
+_MOST_RETRY_S = 60
+
+
+class Unavailable(MoeServeError):
+    """A request that cannot be served now. status: of HTTP; retry_after_s: when it may be."""
+
+    def __init__(self, message: str, *, retry_after_s: int = 1, status: int = 503) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.status = status
+
+
+class Running:
+    """A request that the engine has: `state` is all that came for it so far.
+
+    failure: why it ended otherwise than by its outputs, or None. For one reader.
+    """
+
+    def __init__(self, state: RequestState) -> None:
+        self.state = state
+        self.failure: Refused | Unavailable | None = None
+        self.is_queued = True
+        self._news = asyncio.Event()
+
+    @property
+    def request_id(self) -> str:
+        return self.state.request.request_id
+
+    @property
+    def is_over(self) -> bool:
+        return self.failure is not None or self.state.is_finished
+
+    async def changed(self) -> None:
+        """Return when something came since the last call: maybe many tokens, or `failure`."""
+        await self._news.wait()
+        self._news.clear()
+
+    def tell(self) -> None:
+        """Wake who waits in `changed`."""
+        self._news.set()
+
+
+class EngineClient(asyncio.Protocol):
+    """The engine, as a front end sees it. All methods are for the event loop's thread.
+
+    on_drain: called when the host says to take nothing new; on_end: when the host is gone or has
+    failed, with the reason. max_queue_wait_s: refuse what would wait longer for its turn, as far as
+    the latest first tokens tell.
+    """
+
+    def __init__(
+        self,
+        token: str,
+        tokenizer: Tokenizer | None = None,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        max_queue_wait_s: float | None = None,
+        on_drain: Callable[[Drain], None] = lambda drain: None,
+        on_end: Callable[[str], None] = lambda why: None,
+    ) -> None:
+        self._token = token
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._max_queue_wait_s = max_queue_wait_s
+        self._on_drain = on_drain
+        self._on_end = on_end
+        self._decoder: msgspec.msgpack.Decoder[ToFront] = msgspec.msgpack.Decoder(
+            cast(Any, ToFront)
+        )
+        self._encoder = msgspec.msgpack.Encoder()
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._running: dict[str, Running] = {}
+        self._first_tokens_s: deque[float] = deque()
+        self._last_s = time.monotonic()
+        self._welcomed = asyncio.Event()
+        self.welcome: Welcome | None = None
+        self.beat: Beat | None = None
+        self.report: StatsReport | None = None
+        self.num_queued = 0
+        self.queued_tokens = 0
+        self.is_draining = False
+        self.ended: str | None = None
+
+    # -- what a front end asks ---------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """How many requests the engine has, those that wait for their first token included."""
+        return len(self._running)
+
+    @property
+    def silent_s(self) -> float:
+        """How long ago the host gave a sign of life, in seconds."""
+        return time.monotonic() - self._last_s
+
+    @property
+    def state(self) -> EngineState:
+        if self.ended is not None:
+            return "failed"
+        if self.is_draining:
+            return "draining"
+        if self.welcome is None or self.beat is None:
+            return "loading"
+        return self.beat.state
+
+    @property
+    def why_not_ready(self) -> str | None:
+        """Why a request would be refused now; None: it would not be."""
+        if self.ended is not None:
+            return f"the engine has ended: {self.ended}"
+        if self.silent_s > SILENT_AFTER_S:
+            return f"the engine has given no sign of life for {self.silent_s:.0f} s"
+        told = {
+            "loading": "the model is being loaded",
+            "reforming": "a process of the engine was lost; the model is being loaded again",
+            "draining": "the server is shutting down",
+            "failed": "the engine has failed",
+        }
+        return told.get(self.state)
+
+    async def wait_until_welcome(self) -> Welcome:
+        """Return when the engine is there for the first time. Raises Unavailable if it never is."""
+        await self._welcomed.wait()
+        if self.welcome is None:
+            raise Unavailable(f"the engine has ended: {self.ended}")
+        return self.welcome
+
+    def start(self, prepared: PreparedRequest) -> Running:
+        """Give the engine a request. Raises Unavailable where it cannot take it now.
+
+        While a lost world is formed anew, requests wait for it as for their turn.
+        """
+        request = prepared.request
+        state = self.state
+        if state not in ("serving", "reforming") or self.silent_s > SILENT_AFTER_S:
+            raise Unavailable(self.why_not_ready or "not ready", retry_after_s=5)
+        self._refuse_if_full(len(request.prompt_ids))
+        running = Running(RequestState(request, prepared.prompt, self._tokenizer))
+        self.send(Start(request))
+        self._running[request.request_id] = running
+        self.num_queued += 1
+        self.queued_tokens += len(request.prompt_ids)
+        return running
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request, wherever it is; return whether it was there. Who waits for it hears."""
+        running = self._running.get(request_id)
+        if running is None:
+            return False
+        self.send(Cancel(request_id))
+        running.state.abort()
+        self._forget(running)
+        running.tell()
+        return True
+
+    def finished_drain(self) -> None:
+        """Tell the host that every answer was sent."""
+        self.send(Drained())
+
+    def send_beat(self, num_open: int) -> None:
+        """Give the host a sign of life. num_open: HTTP requests begun and not ended."""
+        self.send(FrontBeat(num_open))
+
+    def send(self, message: ToHost) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        data = self._encoder.encode(message)
+        self._transport.write(_LENGTH.pack(len(data)) + data)
+
+    # -- what the host says ------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._last_s = time.monotonic()
+        self.send(Join(self._token))
+
+    def data_received(self, data: bytes) -> None:
+        self._last_s = time.monotonic()
+        self._buffer += data
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MOST_BYTES:
+                self._end(f"a message of {length} bytes came from the engine")
+                return
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            self._take(self._decoder.decode(memoryview(self._buffer)[start + 4 : end]))
+            start = end
+        del self._buffer[:start]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end("the connection to it was closed")
+
+    def _take(self, message: ToFront) -> None:
+        match message:
+            case Outputs(outputs=outputs):
+                self._update(outputs)
+            case Beat():
+                self.beat = message
+            case StatsReport():
+                self.report = message
+            case Refused(request_id=request_id):
+                running = self._running.get(request_id)
+                if running is not None:
+                    running.failure = message
+                    self._forget(running)
+                    running.tell()
+            case Welcome():
+                self.welcome = message
+                self._welcomed.set()
+            case Drain():
+                self.is_draining = True
+                self._on_drain(message)
+            case Failed(message=why):
+                self._end(why)
+
+    def _update(self, outputs: tuple[Any, ...]) -> None:
+        now_s = time.monotonic()
+        for step in outputs:
+            running = self._running.get(step.request_id)
+            if running is None:
+                continue
+            if running.is_queued:
+                self._dequeue(running)
+                self._first_tokens_s.append(now_s)
+            if running.state.update(step, now_s):
+                self.send(StopOutput(step.request_id, step.index))
+            if running.state.is_finished:
+                self._forget(running)
+            running.tell()
+
+    def _end(self, why: str) -> None:
+        if self.ended is not None:
+            return
+        self.ended = why
+        self._welcomed.set()
+        for running in list(self._running.values()):
+            running.failure = Unavailable(f"the engine was lost: {why}", retry_after_s=5)
+            self._forget(running)
+            running.tell()
+        if self._transport is not None:
+            self._transport.close()
+        self._on_end(why)
+
+    # -- books -------------------------------------------------------------------------------------
+
+    def _dequeue(self, running: Running) -> None:
+        if running.is_queued:
+            running.is_queued = False
+            self.num_queued -= 1
+            self.queued_tokens -= len(running.state.request.prompt_ids)
+
+    def _forget(self, running: Running) -> None:
+        self._dequeue(running)
+        self._running.pop(running.request_id, None)
+
+    def _refuse_if_full(self, num_tokens: int) -> None:
+        limits = self._limits
+        retry_s = self._queue_wait_s()
+        rounded_s = min(_MOST_RETRY_S, max(1, math.ceil(retry_s)))
+        if self.num_queued >= limits.queue_requests:
+            raise Unavailable(
+                f"{self.num_queued} requests wait for their first token, and "
+                f"{limits.queue_requests} may; try again later",
+                retry_after_s=rounded_s,
+            )
+        if self.num_queued and self.queued_tokens + num_tokens > limits.queue_tokens:
+            raise Unavailable(
+                f"prompts of {self.queued_tokens} tokens wait, and with this one's {num_tokens} "
+                f"they would be more than {limits.queue_tokens}; try again later",
+                retry_after_s=rounded_s,
+            )
+        if self._max_queue_wait_s is not None and retry_s > self._max_queue_wait_s:
+            raise Unavailable(
+                f"the queue takes about {retry_s:.1f} s, and may take "
+                f"{self._max_queue_wait_s:g} s; try again later",
+                retry_after_s=rounded_s,
+            )
+
+    def _queue_wait_s(self) -> float:
+        """Guess how long a new request waits for its turn, from the latest first tokens."""
+        recent, now_s = self._first_tokens_s, time.monotonic()
+        while recent and now_s - recent[0] > _RECENT_S:
+            recent.popleft()
+        if len(recent) < 2 or not self.num_queued:
+            return 0.0
+        return self.num_queued * (now_s - recent[0]) / len(recent)
