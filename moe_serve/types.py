@@ -213,6 +213,8 @@ class Request:
     seed + i. eos_token_ids end an output unless `ignore_eos`; bad_words_ids are the token
     sequences of `bad_words` (tokenising is not the engine's work). cache_salt separates users'
     prefix caches. A lower priority number runs earlier. arrival_s is on the engine's clock.
+    output_ids: of a request that goes on where another engine was lost: the tokens that each of its
+    n outputs has, None for one that has ended; () at its beginning.
     """
 
     request_id: str
@@ -224,6 +226,12 @@ class Request:
     priority: int = 0
     arrival_s: float = 0.0
     cache_salt: str = ""
+    output_ids: tuple[tuple[int, ...] | None, ...] = ()
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether outputs have tokens already: then each goes on by itself."""
+        return any(self.output_ids)
 
 
 @dataclass(frozen=True, slots=True)

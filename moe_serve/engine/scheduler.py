@@ -120,10 +120,11 @@ class Scheduler:
         live = _Live(request, rank, self._num_added, end_length)
         self._num_added += 1
         self._requests[request.request_id] = live
-        sequence = live.sequences[0] = Sequence(request)
-        if request.sampling.prompt_logprobs is not None:
-            sequence.prompt_logprobs.append(None)
-        self._wait(sequence)
+        for index in _first_outputs(request):
+            sequence = live.sequences[index] = Sequence(request, index)
+            if index == 0 and request.sampling.prompt_logprobs is not None:
+                sequence.prompt_logprobs.append(None)
+            self._wait(sequence)
 
     def abort(self, request_id: str) -> bool:
         """End all outputs of a request now, without a StepOutput; False: there is no such one.
@@ -286,7 +287,8 @@ class Scheduler:
     def _outputs_of(self, sequence: Sequence) -> list[Sequence]:
         """Return who receives a token after a sequence's last one: a fresh prompt forks into n."""
         request = sequence.request
-        if sequence.index or len(sequence.token_ids) > sequence.num_prompt_tokens:
+        is_first = len(sequence.token_ids) == sequence.num_prompt_tokens
+        if sequence.index or not is_first or request.is_resumed:
             return [sequence]
         forks = [Sequence(request, index) for index in range(1, request.sampling.n)]
         for fork in forks:
@@ -370,7 +372,8 @@ class Scheduler:
     def _fail(self, sequence: Sequence, error: str, outputs: list[StepOutput]) -> None:
         """End a sequence, and with a prompt that has no output yet all that it would have had."""
         request = sequence.request
-        if sequence.state == "finished" or sequence.num_output_tokens or sequence.index:
+        is_alone = sequence.num_output_tokens or sequence.index or request.is_resumed
+        if sequence.state == "finished" or is_alone:
             self._fail_output(sequence, error, outputs)
             return
         live = self._requests[request.request_id]
@@ -490,6 +493,16 @@ class Scheduler:
         """Take those who have no row any more out of the running lists."""
         self._decodes = [sequence for sequence in self._decodes if sequence.row >= 0]
         self._prompts = [sequence for sequence in self._prompts if sequence.row >= 0]
+
+
+def _first_outputs(request: Request) -> list[int]:
+    """Return the outputs that a request begins with: one whose prompt is computed for all of them.
+
+    Of one that is resumed: those that have not ended, which are computed as if preempted.
+    """
+    if not request.is_resumed:
+        return [0]
+    return [index for index, tokens in enumerate(request.output_ids) if tokens is not None]
 
 
 def _keep_prompt_logprobs(sequence: Sequence, entries: list[TokenLogprobs]) -> None:

@@ -48,6 +48,8 @@ class Sequence:
         self.token_ids: list[int] = list(request.prompt_ids)
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_computed_tokens = 0
+        if request.output_ids:
+            self.token_ids += request.output_ids[index] or ()
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
