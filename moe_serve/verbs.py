@@ -195,6 +195,7 @@ def load(
     import dataclasses
 
     from moe_serve.launch.coordinator import RankedEngine  # imports torch
+    from moe_serve.launch.lasting import LastingEngine
     from moe_serve.llm import LLM
     from moe_serve.types import SamplingParams
 
@@ -208,7 +209,7 @@ def load(
     if not llm.is_first_rank:  # it works for rank 0 until that has ended
         _close_all()
         raise typer.Exit
-    if isinstance(llm.engine, RankedEngine):
+    if isinstance(llm.engine, RankedEngine | LastingEngine):
         note(llm.engine.about)
     return llm, dataclasses.replace(llm.default_sampling_params(), **given)
 

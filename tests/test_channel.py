@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from moe_serve.errors import CapacityError, CommError
 from moe_serve.channel import MOST_BYTES, Channel, Closed
+from moe_serve.errors import CapacityError, CommError
 from moe_serve.launch.messages import Abort, Add, Beat, Call, Failure, Release, Reply
 from moe_serve.types import Request, SamplingParams, StepOutput, TokenLogprobs
 

@@ -13,6 +13,7 @@ from moe_serve.engine.scheduler import Scheduler
 from moe_serve.engine.sequence import ScheduledStep
 from moe_serve.errors import CapacityError, CommError, ConfigError, MoeServeError, RequestError
 from moe_serve.experts.offload import OffloadedExperts
+from moe_serve.experts.placement.base import Array, Placement
 from moe_serve.experts.rank_experts import RankExperts
 from moe_serve.models.spec import ModelSpec
 from moe_serve.types import Request, StepOutput
@@ -41,8 +42,13 @@ class EngineStats:
 class Engine:
     """Runs requests of one model, batched, each as if it ran alone.
 
-    Made by `engine.build.build_engine`. Not for use by several threads at once.
+    Made by `engine.build.build_engine`. Not for use by several threads at once. What only one rank
+    of several has, `LockstepEngine` adds; alone, nothing is ever placed anew.
     """
+
+    placement: Placement | None = None
+    num_idle_steps = num_moved = bytes_moved = 0
+    moving_s = 0.0
 
     def __init__(
         self,
@@ -72,8 +78,10 @@ class Engine:
         check_ids(request, self.spec.vocab_size)
         self.scheduler.add(request)
 
-    def step(self) -> list[StepOutput]:
+    def step(self, move_bytes: int = 0) -> list[StepOutput]:
         """Give every scheduled sequence its next token; [] when there is nothing to do.
+
+        move_bytes: see `LockstepEngine`; there is nothing to move here.
 
         A step that cannot be run (out of memory, say) ends the outputs that took part in it with
         an error, and all others go on. An interrupt loses nothing: its step is run again.
@@ -144,6 +152,28 @@ class Engine:
             )
         experts.resize(shape)
         self._model_bytes += more
+
+    def place(self, placement: Placement) -> None:
+        """Refuse, with ConfigError: one process holds all experts."""
+        raise ConfigError("there is one process, which holds all experts: nothing can be placed")
+
+    def recent_routing(self) -> tuple[Array, Array]:
+        """Refuse, with ConfigError: nothing is kept of what tokens used."""
+        raise ConfigError("the latest routing is kept on several ranks only")
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether experts are on their way to where another placement has them."""
+        return False
+
+    @property
+    def epoch(self) -> int:
+        """How often a layer of experts was placed anew."""
+        return 0
+
+    def steps_by_dispatcher(self) -> dict[str, int]:
+        """Return in how many steps tokens travelled by each dispatcher: {}, for they do not."""
+        return {}
 
     def _available_bytes(self) -> int:
         return available_bytes()

@@ -68,8 +68,6 @@ class LockstepEngine(Engine):
         self._world = rank.world
         self._num_here = rank.num_here
         self._mover: Mover | None = None
-        self.num_moved = self.bytes_moved = self.num_idle_steps = 0
-        self.moving_s = 0.0
         self._num_shared = 0
 
     def step(self, move_bytes: int = 0) -> list[StepOutput]:
@@ -102,12 +100,12 @@ class LockstepEngine(Engine):
 
     @property
     def is_moving(self) -> bool:
-        """Whether experts are on their way to where another placement has them."""
+        """As `Engine.is_moving`."""
         return self._mover is not None
 
     @property
     def epoch(self) -> int:
-        """How often a layer of experts was placed anew."""
+        """As `Engine.epoch`."""
         dispatcher = self.runner.model.dispatcher
         return dispatcher.layout.epoch if isinstance(dispatcher, Progress) else 0
 
