@@ -228,6 +228,11 @@ class RankedEngine:
                 for link in self._links:
                     link.start(Release(), data)
 
+    def abandon(self) -> None:
+        """End all ranks at once; nothing is written."""
+        if not self._is_over:
+            self._end(CommError("they were stopped"))
+
     def close(self) -> None:
         """End all ranks; each writes what it was asked to. Raises what one of them could not."""
         if self._is_over:

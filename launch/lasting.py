@@ -213,6 +213,11 @@ class LastingEngine:
             self._form_anew(error)
             return self._engine.stats()
 
+    def abandon(self) -> None:
+        """As `RankedEngine.abandon`."""
+        self._is_closed = True
+        self._engine.abandon()
+
     def close(self) -> None:
         """As `RankedEngine.close`."""
         self._is_closed = True

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -25,9 +26,9 @@ class Lifeline:
         self._read, self._write = os.pipe()
 
     def start(
-        self, arguments: Sequence[str], environment: Mapping[str, str], keep: Sequence[int] = ()
+        self, what: str, folder: Path, environment: Mapping[str, str], keep: Sequence[int] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start `python -m ARGUMENTS...`, which must call `hold` with the last one.
+        """Start `moe_serve.launch.child` as `what`, which finds in `folder` what it needs.
 
         keep: file descriptors that the child gets. Its stdout is this process' stderr: stdout has
         the answer, and nothing else. Ctrl-C does not reach it: it is for this process.
@@ -35,7 +36,7 @@ class Lifeline:
         is_main = threading.current_thread() is threading.main_thread()
         lifeline = f"{self._read}:{os.getpid() if is_main else 0}"
         return subprocess.Popen(
-            [sys.executable, "-m", *arguments, lifeline],
+            [sys.executable, "-m", "moe_serve.launch.child", what, str(folder), lifeline],
             env=dict(environment),
             pass_fds=(self._read, *keep),
             stdin=subprocess.DEVNULL,

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from moe_serve.channel import Channel
 from moe_serve.config import EngineConfig, changed
@@ -50,11 +51,6 @@ def open_engine(
     environment = read_environment()
     wanted = config.ranks.ep_size
     if environment is not None and environment.world_size > 1:
-        if wanted not in (None, environment.world_size):
-            raise ConfigError(
-                f"ep_size is {wanted}, but torchrun has started {environment.world_size} ranks; "
-                "leave it out"
-            )
         return _of_torchrun(config, model, environment)
     if wanted is not None and wanted > 1:
         return LastingEngine(worlds_of(config, model))
@@ -62,6 +58,19 @@ def open_engine(
     if unused:
         logger.warning("there is one process, so there is no effect of: %s", ", ".join(unused))
     return build_engine(config, model, on_progress=on_progress)
+
+
+def open_served(
+    config: EngineConfig, model: Path, **losses: Any
+) -> RankedEngine | LastingEngine | Follower:
+    """As `open_engine`, for a server: the engine is in other processes, also if it is but one.
+
+    losses: as for `LastingEngine`; without effect under torchrun, which starts worlds anew itself.
+    """
+    environment = read_environment()
+    if environment is not None and environment.world_size > 1:
+        return _of_torchrun(config, model, environment)
+    return LastingEngine(worlds_of(config, model), **losses)
 
 
 def worlds_of(config: EngineConfig, model: Path) -> Callable[[int], RankedEngine]:
@@ -85,6 +94,11 @@ def worlds_of(config: EngineConfig, model: Path) -> Callable[[int], RankedEngine
 def _of_torchrun(
     config: EngineConfig, model: Path, environment: RankEnvironment
 ) -> RankedEngine | Follower:
+    if config.ranks.ep_size not in (None, environment.world_size):
+        raise ConfigError(
+            f"ep_size is {config.ranks.ep_size}, but torchrun has started "
+            f"{environment.world_size} ranks; leave it out"
+        )
     rendezvous = Rendezvous.join(environment)
     if environment.rank > 0:
         channel = _connected(rendezvous)

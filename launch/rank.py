@@ -1,4 +1,4 @@
-"""`python -m moe_serve.launch.rank FOLDER LIFELINE`: one rank of a world of a supervisor's.
+"""`python -m moe_serve.launch.child rank FOLDER ...`: one rank of a world of a supervisor's.
 
 The environment has its place, as torchrun would give it; FOLDER has the options and the socket of
 the coordinator. A world may have one rank only.
@@ -10,7 +10,6 @@ import json
 import logging
 import signal
 import socket
-import sys
 from pathlib import Path
 
 from moe_serve.channel import Channel
@@ -19,7 +18,6 @@ from moe_serve.engine.build import build_engine
 from moe_serve.engine.lockstep import LockstepEngine
 from moe_serve.errors import ConfigError, MoeServeError
 from moe_serve.launch.environment import read_environment
-from moe_serve.launch.lifeline import hold
 from moe_serve.launch.messages import Call, Hello
 from moe_serve.launch.rendezvous import Rendezvous
 from moe_serve.launch.worker import Follower, Heart, RankWorker, tell_failure
@@ -81,8 +79,3 @@ def open_worker(config: EngineConfig, model: Path, rendezvous: Rendezvous) -> Ra
     return RankWorker(
         engine, ranks.world, f"{mesh.num_ranks} ranks on {nodes}, {engine.about_ranks}"
     )
-
-
-if __name__ == "__main__":
-    hold(sys.argv[2])
-    sys.exit(main(Path(sys.argv[1])))

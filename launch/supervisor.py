@@ -1,8 +1,8 @@
 """Starts the ranks of one machine as processes of their own, and ends them.
 
-The caller's script is never imported again: a rank is `python -m moe_serve.launch.rank`. The store
-in which ranks find each other is in this process, so that it outlives them. A world that was lost
-is not mended: all its ranks are ended, and another supervisor starts another one.
+The caller's script is never imported again: a rank is `moe_serve.launch.rank` in a process of its
+own. The store in which ranks find each other is in this process, so that it outlives them. A world
+that was lost is not mended: all its ranks are ended, and another supervisor starts another one.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Supervisor:
         variables = {**child_environment(), **environment.variables()}
         threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
         variables.setdefault("OMP_NUM_THREADS", str(threads))
-        return self._lifeline.start(["moe_serve.launch.rank", str(self._folder)], variables)
+        return self._lifeline.start("rank", self._folder, variables)
 
     def _connected(self) -> list[RemoteLink]:
         """Accept every rank's connection."""

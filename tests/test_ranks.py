@@ -449,23 +449,20 @@ def test_a_rank_that_dies_while_nobody_asks_is_replaced() -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_ranks_end_with_their_parent_also_where_one_is_stopped(how: signal.Signals) -> None:
     flags = ["--ep", "2", "--max-tokens", "120", "--ignore-eos", "Once"]
-    parent = subprocess.Popen([sys.executable, "-m", *generate_command(*flags)])
-    ranks = wait_for_ranks(parent.pid)
+    parent = subprocess.Popen(
+        [sys.executable, "-m", *generate_command(*flags)], stderr=subprocess.PIPE, text=True
+    )
+    assert parent.stderr is not None
+    assert any("2 ranks on 1 node" in line for line in iter(parent.stderr.readline, ""))
+    ranks = [child.pid for child in psutil.Process(parent.pid).children()]
+    assert len(ranks) == 2
     os.kill(ranks[0], signal.SIGSTOP)
     parent.send_signal(how)
-    parent.wait()
+    parent.communicate()
     end_s = time.monotonic() + 5
     while any(psutil.pid_exists(rank) for rank in ranks):
         assert time.monotonic() < end_s
         time.sleep(0.02)
-
-
-def wait_for_ranks(parent: int) -> list[int]:
-    end_s = time.monotonic() + 30
-    while len(found := psutil.Process(parent).children()) < 2:
-        assert time.monotonic() < end_s
-        time.sleep(0.02)
-    return [child.pid for child in found]
 
 
 def alone() -> list[str]:

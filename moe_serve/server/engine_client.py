@@ -100,7 +100,6 @@ class EngineClient(asyncio.Protocol):
 
     def __init__(
         self,
-        token: str,
         tokenizer: Tokenizer | None = None,
         *,
         limits: Limits = DEFAULT_LIMITS,
@@ -108,7 +107,6 @@ class EngineClient(asyncio.Protocol):
         on_drain: Callable[[Drain], None] = lambda drain: None,
         on_end: Callable[[str], None] = lambda why: None,
     ) -> None:
-        self._token = token
         self._tokenizer = tokenizer
         self._limits = limits
         self._max_queue_wait_s = max_queue_wait_s
@@ -124,6 +122,7 @@ class EngineClient(asyncio.Protocol):
         self._first_tokens_s: deque[float] = deque()
         self._last_s = time.monotonic()
         self._welcomed = asyncio.Event()
+        self._closed = asyncio.Event()
         self.welcome: Welcome | None = None
         self.beat: Beat | None = None
         self.report: StatsReport | None = None
@@ -204,6 +203,23 @@ class EngineClient(asyncio.Protocol):
         running.tell()
         return True
 
+    def cut(self, why: str) -> None:
+        """End all that runs with `Unavailable`, and have the engine drop it."""
+        for running in list(self._running.values()):
+            self.send(Cancel(running.request_id))
+            self._fail(running, why)
+
+    def give_up_silent(self) -> None:
+        """End all that runs: the host has given no sign of life for too long.
+
+        If it comes back it finds that nobody waits any more, and the next requests are served.
+        """
+        self.cut(f"the engine has given no sign of life for {self.silent_s:.0f} s")
+
+    async def wait_until_closed(self) -> None:
+        """Return when the host has closed the connection."""
+        await self._closed.wait()
+
     def finished_drain(self) -> None:
         """Tell the host that every answer was sent."""
         self.send(Drained())
@@ -223,7 +239,7 @@ class EngineClient(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._last_s = time.monotonic()
-        self.send(Join(self._token))
+        self.send(Join())
 
     def data_received(self, data: bytes) -> None:
         self._last_s = time.monotonic()
@@ -243,6 +259,7 @@ class EngineClient(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end("the connection to it was closed")
+        self._closed.set()
 
     def _take(self, message: ToFront) -> None:
         match message:
@@ -288,12 +305,13 @@ class EngineClient(asyncio.Protocol):
         self.ended = why
         self._welcomed.set()
         for running in list(self._running.values()):
-            running.failure = Unavailable(f"the engine was lost: {why}", retry_after_s=5)
-            self._forget(running)
-            running.tell()
-        if self._transport is not None:
-            self._transport.close()
+            self._fail(running, f"the engine was lost: {why}")
         self._on_end(why)
+
+    def _fail(self, running: Running, why: str) -> None:
+        running.failure = Unavailable(why, retry_after_s=5)
+        self._forget(running)
+        running.tell()
 
     # -- books -------------------------------------------------------------------------------------
 
