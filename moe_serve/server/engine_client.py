@@ -70,6 +70,7 @@ class Running:
         self.state = state
         self.failure: Refused | Unavailable | None = None
         self.is_queued = True
+        self.last_s: float | None = None
         self._news = asyncio.Event()
 
     @property
@@ -93,7 +94,8 @@ class Running:
 class EngineClient(asyncio.Protocol):
     """The engine, as a front end sees it. All methods are for the event loop's thread.
 
-    on_drain: called when the host says to take nothing new; on_end: when the host is gone or has
+    on_gap: told the seconds between two steps that gave a request tokens; on_tokens: how many tokens
+    a step gave. on_drain: called when the host says to take nothing new; on_end: when the host is gone or has
     failed, with the reason. max_queue_wait_s: refuse what would wait longer for its turn, as far as
     the latest first tokens tell.
     """
@@ -129,6 +131,8 @@ class EngineClient(asyncio.Protocol):
         self.num_queued = 0
         self.queued_tokens = 0
         self.is_draining = False
+        self.on_gap: Callable[[float], None] | None = None
+        self.on_tokens: Callable[[int], None] | None = None
         self.ended: str | None = None
 
     # -- what a front end asks ---------------------------------------------------------------------
@@ -286,6 +290,8 @@ class EngineClient(asyncio.Protocol):
 
     def _update(self, outputs: tuple[Any, ...]) -> None:
         now_s = time.monotonic()
+        if self.on_tokens is not None:
+            self.on_tokens(sum(len(step.token_ids) for step in outputs))
         for step in outputs:
             running = self._running.get(step.request_id)
             if running is None:
@@ -293,6 +299,9 @@ class EngineClient(asyncio.Protocol):
             if running.is_queued:
                 self._dequeue(running)
                 self._first_tokens_s.append(now_s)
+            elif running.last_s is not None and running.last_s < now_s and self.on_gap is not None:
+                self.on_gap(now_s - running.last_s)
+            running.last_s = now_s
             if running.state.update(step, now_s):
                 self.send(StopOutput(step.request_id, step.index))
             if running.state.is_finished:
