@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_serve.channel import encoded
 from moe_serve.config import EngineConfig
@@ -40,6 +39,8 @@ from moe_serve.launch.messages import (
     TakeRouting,
 )
 from moe_serve.launch.move_budget import MoveBudget
+from moe_serve.launch.pairs_window import PairsWindow
+from moe_serve.launch.rank_sums import together
 from moe_serve.launch.rebalancer import Rebalancer
 from moe_serve.models.spec import ModelSpec
 from moe_serve.text.interrupts import HeldInterrupt
@@ -99,6 +100,7 @@ class RankedEngine:
         self._homes = Homes(len(links), spec.vocab_size, placement if by_affinity else None)
         self._is_learning = placement is not None and by_affinity
         self._num_steps = 0
+        self._pairs = PairsWindow(len(links))
         self._stats = self._together([link.ready.stats for link in links])
 
     @property
@@ -143,6 +145,7 @@ class RankedEngine:
         taken_s = time.perf_counter() - self._step_start_s
         self._longest_s = max(self._longest_s, taken_s)
         self._budget.told(taken_s, self._bytes_moved - before[0], self._moving_s - before[1])
+        self._pairs.told([reply.pairs_computed for reply in replies])
         outputs = [output for reply in replies for output in reply.outputs]
         for output in outputs:
             if output.finish_reason is not None:
@@ -362,46 +365,5 @@ class RankedEngine:
         return self._together(found)
 
     def _together(self, found: Sequence[RankStats]) -> EngineStats:
-        stats = [one.stats for one in found]
-        ranks = [{"rank": rank, **one.to_json()} for rank, one in enumerate(found)]
-        if self._rebalancer is not None:
-            ranks[0]["rebalance"] = self._rebalancer.report()
-        return EngineStats(
-            num_preemptions=sum(one.num_preemptions for one in stats),
-            prefix_hit_tokens=sum(one.prefix_hit_tokens for one in stats),
-            num_waiting=sum(one.num_waiting for one in stats),
-            num_running=sum(one.num_running for one in stats),
-            model_bytes=sum(one.model_bytes for one in stats),
-            kv_bytes=sum(one.kv_bytes for one in stats),
-            experts=_experts_of([one.experts for one in stats]),
-            ranks=ranks,
-        )
-
-
-def _experts_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is said of all ranks' experts in one: counts added up, by layer and in all."""
-    if not all(reports):
-        return {}
-    first = reports[0]
-
-    def by_layer(parts: Iterable[Sequence[float]]) -> list[float]:
-        return [sum(values) for values in zip(*parts, strict=True)]
-
-    return {
-        "slots": sum(report["slots"] for report in reports),
-        "num_experts": first["num_experts"],
-        "resident": by_layer(report["resident"] for report in reports),
-        "per_layer": {
-            name: by_layer(report["per_layer"][name] for report in reports)
-            for name in first["per_layer"]
-        },
-        "total": {
-            name: sum(report["total"][name] for report in reports) for name in first["total"]
-        },
-        **_guesses([report["prefetch"] for report in reports if "prefetch" in report]),
-    }
-
-
-def _guesses(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is said of all ranks' guesses: whether any still makes some."""
-    return {"prefetch": {"is_on": any(report["is_on"] for report in reports)}} if reports else {}
+        rebalance = None if self._rebalancer is None else self._rebalancer.report()
+        return together(found, self._num_steps, self._pairs.imbalance(), rebalance)

@@ -200,6 +200,14 @@ class ExpertsConfig:
     record_trace: str | None = field(
         default=None, metadata={"help": "Record every token's experts in this .npz file."}
     )
+    enable_return_routed_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "Requests may ask for the experts of each of their tokens "
+            "(return_routed_experts): 2 bytes for each token, layer and expert of a token, held "
+            "until an output's next token."
+        },
+    )
     emulate_link: float | None = field(
         default=None,
         metadata={

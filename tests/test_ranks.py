@@ -23,6 +23,7 @@ import pytest
 
 from benchmarks.ranks.cases import outputs_of, random_placement
 from benchmarks.ranks.start import environment, finished, free_port, start
+from moe_serve.engine.engine import EngineStats
 from moe_serve.errors import CapacityError, CommError, ConfigError, RequestError
 from moe_serve.experts.placement.base import Mesh
 from moe_serve.experts.trace import read_trace
@@ -567,3 +568,52 @@ def test_what_cannot_be_done_harms_nobody(tmp_path: Path) -> None:
     assert recorded.num_tokens == sum(np.diff(recorded.seq_offsets))
     assert recorded.num_layers == NUM_LAYERS
     assert {path.name for path in tmp_path.iterdir()} == {"trace.npz"}
+
+
+def test_ranks_count_together_and_tell_whose_experts_were_used(tmp_path: Path) -> None:
+    """Uses and experts of tokens, against those of one process; and what travelled."""
+    prompts = expected()["prompts"]
+    asked = SamplingParams(
+        max_tokens=6, temperature=0.0, ignore_eos=True, return_routed_experts=True
+    )
+    options = {**OPTIONS, "enable_return_routed_experts": True}
+    with LLM(**options, threads=1) as llm:
+        want = llm.generate(prompts, asked, use_tqdm=False)
+        alone = llm.engine.stats()
+    held: dict[str, Any] = {"expert_store": str(tmp_path), "expert_cache_slots": TOP_K}
+    for dispatcher, more in (("static", {}), ("per_expert", {}), ("dedup", held)):
+        with LLM(ep_size=2, dispatcher=dispatcher, **options, **more) as llm:
+            got = llm.generate(prompts, asked, use_tqdm=False)
+            stats = llm.engine.stats()
+        for one, whole in zip(got, want, strict=True):
+            assert whole.outputs[0].routed_experts is not None
+            assert one.outputs[0] == whole.outputs[0]
+        assert isinstance(alone, EngineStats)
+        assert isinstance(stats, EngineStats)
+        for name in (
+            "expert_layers", "expert_uses", "step_tokens", "num_prompt_tokens",
+            "num_generation_tokens", "num_finished",
+        ):  # fmt: skip
+            assert getattr(stats, name) == getattr(alone, name), name
+        assert stats.max_num_seqs == 2 * alone.max_num_seqs
+        assert stats.num_kv_blocks == [2 * alone.num_kv_blocks[0]]
+        ranks = stats.ranks
+        assert stats.num_steps == ranks[0]["num_steps"]
+        assert "expert_uses" not in ranks[0]
+        computed = [rank["pairs_computed"] for rank in ranks]
+        assert sum(computed) == sum(map(sum, stats.expert_uses))
+        assert stats.rank_imbalance == pytest.approx(max(computed) / (sum(computed) / 2))
+        # experts 0 to 15 are rank 0's: what it computed is its own, and what rank 1 sent
+        uses = np.array(stats.expert_uses)
+        assert computed == [uses[:, :16].sum(), uses[:, 16:].sum()]
+        own = [rank["step_tokens"] * NUM_LAYERS * TOP_K - rank["pairs_sent"] for rank in ranks]
+        assert computed == [own[0] + ranks[1]["pairs_sent"], own[1] + ranks[0]["pairs_sent"]]
+        assert all(rank["pairs_sent"] > 0 for rank in ranks)
+        assert all(0 < rank["exchange_s"] < 60 for rank in ranks)
+        if more:
+            assert np.array(stats.resident)[:, :16].sum(axis=1).tolist() == [TOP_K] * NUM_LAYERS
+            assert stats.experts["total"]["disk_bytes"] == sum(
+                rank["experts"]["total"]["disk_bytes"] for rank in ranks
+            )
+        else:
+            assert stats.resident == []

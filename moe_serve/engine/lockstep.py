@@ -109,6 +109,12 @@ class LockstepEngine(Engine):
         dispatcher = self.runner.model.dispatcher
         return dispatcher.layout.epoch if isinstance(dispatcher, Progress) else 0
 
+    @property
+    def pairs_computed(self) -> int:
+        """How many (token, expert) pairs this rank's experts were given; 0 of a dense model."""
+        experts = self.runner.model.experts
+        return experts.pairs_computed if isinstance(experts, RankExperts) else 0
+
     def steps_by_dispatcher(self) -> dict[str, int]:
         """Return in how many steps tokens travelled by each dispatcher; {} of a dense model."""
         dispatcher = self.runner.model.dispatcher

@@ -15,7 +15,10 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from itertools import chain
 
+import msgspec
+
 from moe_serve.engine.admission import checked_end_length
+from moe_serve.engine.counts import Counts
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.policies.base import Policy
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep, Sequence
@@ -56,8 +59,8 @@ class Scheduler:
         step; None: as many as the step has. max_model_len: the most tokens of prompt and output
         together. clock: seconds, for the policy. admission_horizon: a prompt is admitted only when
         every running sequence can still grow by so many tokens: less recomputing later.
-    num_preemptions, prefix_hit_tokens: counts since the start; the latter are the tokens that
-    admitted sequences (preempted ones too) found in the cache.
+    counts: since the start, and so num_preemptions, prefix_query_tokens and prefix_hit_tokens: the
+    tokens that admitted sequences (preempted ones too) looked for, and found, in the cache.
     """
 
     def __init__(
@@ -89,8 +92,14 @@ class Scheduler:
         self._step = 0
         self._num_step_decodes = 0
         self._refused: tuple[Sequence, int] | None = None  # and num_changes when it did not fit
+        self.counts = Counts()
         self.num_preemptions = 0
+        self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
+
+    @property
+    def kv(self) -> KVCacheManager:
+        return self._kv
 
     @property
     def has_unfinished(self) -> bool:
@@ -134,6 +143,10 @@ class Scheduler:
         live = self._requests.get(request_id)
         if live is None:
             return False
+        first = live.sequences.get(0)
+        if first is not None and not first.num_output_tokens and not first.request.is_resumed:
+            num_unborn = first.request.sampling.n - len(live.sequences)  # that it would have had
+            self.counts.num_finished["abort"] += num_unborn
         for sequence in tuple(live.sequences.values()):
             self._end(sequence, "abort")
         self._drop_ended()
@@ -241,6 +254,7 @@ class Scheduler:
             self._refused = (sequence, kv.num_changes)
             return False
         del self._waiting[0]
+        self.prefix_query_tokens += kv.num_searched(sequence)
         kv.admit(sequence, prefix)
         sequence.state = "running"
         self._prompts.append(sequence)
@@ -302,6 +316,9 @@ class Scheduler:
         Rows that failed end with finish_reason "error" and are reported first.
         """
         assert step.step == self._step, f"step {step.step} finished, {self._step} runs"
+        self.counts.add(step, self._num_step_decodes)
+        if output.routed_experts:
+            _note_routing(step, output)
         num_ended = self._num_ended
         outputs: list[StepOutput] = []
         for index, error in output.sequence_errors.items():
@@ -310,8 +327,12 @@ class Scheduler:
         self._finish_chunks(step, output, failed)
         for index, error in output.errors.items():
             self._fail_output(step.sampled[index], error, outputs)
+        num_failed = len(outputs)
         self._finish_decodes(step, output, outputs)
         self._finish_prompts(step, output, outputs)
+        self.counts.num_generation_tokens += len(outputs) - num_failed
+        if output.routed_experts:
+            outputs[num_failed:] = _with_routing(step, outputs[num_failed:])
         if self._num_ended > num_ended:
             self._drop_ended()
         return outputs
@@ -386,6 +407,7 @@ class Scheduler:
                     request.request_id, index, (), finish_reason="error", error=error
                 )
                 outputs.append(unborn)
+                self.counts.num_finished["error"] += 1
 
     def _fail_output(self, sequence: Sequence, error: str, outputs: list[StepOutput]) -> None:
         if sequence.state == "finished":
@@ -483,6 +505,7 @@ class Scheduler:
         sequence.state = "finished"
         sequence.finish_reason = reason
         self._num_ended += 1
+        self.counts.num_finished[reason] += 1
         request_id = sequence.request.request_id
         live = self._requests[request_id]
         del live.sequences[sequence.index]
@@ -503,6 +526,33 @@ def _first_outputs(request: Request) -> list[int]:
     if not request.is_resumed:
         return [0]
     return [index for index, tokens in enumerate(request.output_ids) if tokens is not None]
+
+
+def _note_routing(step: ScheduledStep, output: SamplerOutput) -> None:
+    """Note the experts of the tokens that ran; forks begin with those of their prompt."""
+    for index, ids in output.routed_experts.items():
+        sequence = step.sequences[index]
+        if sequence.routing is not None and sequence.row >= 0:
+            sequence.routing.note(sequence.num_computed_tokens, ids)
+    for source, sequence in zip(step.sample_sources, step.sampled, strict=True):
+        parent = step.sequences[source]
+        if sequence is not parent and parent.routing is not None:
+            sequence.routing = parent.routing.forked()
+
+
+def _with_routing(step: ScheduledStep, outputs: list[StepOutput]) -> list[StepOutput]:
+    """Return the outputs, with the experts of the tokens that ran where these are asked for."""
+    logs = {
+        (sequence.request.request_id, sequence.index): sequence.routing
+        for sequence in step.sampled
+        if sequence.routing is not None
+    }
+    return [
+        output
+        if (log := logs.get((output.request_id, output.index))) is None
+        else msgspec.structs.replace(output, routed_experts=log.take())
+        for output in outputs
+    ]
 
 
 def _keep_prompt_logprobs(sequence: Sequence, entries: list[TokenLogprobs]) -> None:

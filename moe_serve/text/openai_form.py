@@ -23,8 +23,9 @@ Kind = Literal["completion", "chat"]
 
 KIND_OF_URL: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/completions": "chat"}
 
-# "prompt_logprobs" has no place in the answer's form
-SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams)) - {"prompt_logprobs"}
+# for what these give there is no place in the answer's form
+_WITHOUT_PLACE = {"prompt_logprobs", "return_routed_experts"}
+SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams)) - _WITHOUT_PLACE
 COMMON_FIELDS = frozenset({"model", "user", "stream", "priority", "cache_salt"})
 OWN_FIELDS: dict[Kind, frozenset[str]] = {
     "completion": COMMON_FIELDS | {"prompt", "echo", "suffix", "best_of"},

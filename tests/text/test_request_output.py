@@ -6,11 +6,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_serve.text.request_output import RequestState
 from moe_serve.text.tokenizer import Tokenizer, load_tokenizer
-from moe_serve.types import FinishReason, Request, SamplingParams, StepOutput
+from moe_serve.types import FinishReason, Request, RoutedExperts, SamplingParams, StepOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 EOS = 0
@@ -133,6 +134,26 @@ def test_special_tokens_show_when_asked(tokenizer: Tokenizer) -> None:
 def test_times_are_since_arrival(tokenizer: Tokenizer) -> None:
     metrics = play(tokenizer, [41, 42, 43])[0].output().metrics
     assert (metrics.ttft_s, metrics.e2e_s) == (1.0, 3.0)
+
+
+def test_experts_of_tokens_are_put_together_and_may_come_again() -> None:
+    ids = np.arange(5 * 6, dtype=np.int16).reshape(5, 3, 2)
+    request = Request(request_id="r", prompt_ids=(41, 42, 43), sampling=SamplingParams(n=2))
+    state = RequestState(request)
+
+    def update(token: int, first: int, end: int) -> None:
+        routed = RoutedExperts.of(first, ids[first:end])
+        state.update(StepOutput("r", 0, (token,), routed_experts=routed), 1.0)
+
+    assert state.output().outputs[0].routed_experts is None
+    update(5, 0, 3)
+    update(6, 3, 4)
+    update(7, 0, 5)  # a request that went on elsewhere tells all anew
+    found, other = (output.routed_experts for output in state.output().outputs)
+    assert found == RoutedExperts.of(0, ids)
+    assert other is None
+    with pytest.raises(AssertionError, match="missing"):
+        update(8, 6, 7)
 
 
 def test_an_error_is_told_and_ends_the_request(tokenizer: Tokenizer) -> None:
