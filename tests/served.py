@@ -62,6 +62,7 @@ class Served:
             Route("/v1/chat/completions", self.echo, methods=["POST"]),
             Route("/stream", self.stream),
             Route("/flood", self.flood),
+            Route("/slow-start", self.slow_start),
             Route("/unread", self.unread, methods=["POST"]),
             Route("/wait", self.wait),
             Route("/block", self.block),
@@ -150,6 +151,16 @@ class Served:
                 await asyncio.sleep(pause_s)
         finally:
             self.events.append(f"{path} ends")
+
+    async def slow_start(self, request: Request) -> Response:
+        async def pieces() -> AsyncIterator[bytes]:
+            self.events.append("/slow-start begins")
+            while not self.gate.is_set():
+                await asyncio.sleep(0.005)
+            self.events.append("/slow-start ends")
+            yield b"last"
+
+        return StreamingResponse(pieces())
 
     async def unread(self, request: Request) -> Response:
         return PlainTextResponse("early")

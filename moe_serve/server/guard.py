@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import logging
 import re
-import uuid
+import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -62,6 +64,7 @@ _CHALLENGES = (
     (b"www-authenticate", b'Bearer realm="moe_serve"'),
     (b"www-authenticate", b'Basic realm="moe_serve", charset="UTF-8"'),
 )
+_NO_STORE = (b"cache-control", b"no-store")
 _RETRY = ((b"retry-after", b"1"),)
 
 
@@ -92,6 +95,7 @@ def access_of(path: str, routes: Mapping[str, Route] = ROUTES) -> Route:
     return routes.get(path, _UNKNOWN)
 
 
+@functools.lru_cache(256)
 def host_name(value: bytes) -> str | None:
     """Return the name in a Host header, in lower case, without brackets and port; None: no name."""
     match = _HOST.fullmatch(value)
@@ -151,36 +155,8 @@ def is_foreign(origin: bytes | None, fetch_site: bytes | None, host: bytes | Non
     return origin is not None and origin.partition(b"://")[2].lower() != (host or b"").lower()
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What the guard reads of the headers of one request. twice: one that must not, and did."""
-
-    host: bytes | None = None
-    authorization: bytes | None = None
-    origin: bytes | None = None
-    fetch_site: bytes | None = None
-    request_id: bytes | None = None
-    twice: str | None = None
-
-
-_READ = {
-    b"host": "host",
-    b"authorization": "authorization",
-    b"origin": "origin",
-    b"sec-fetch-site": "fetch_site",
-    b"x-request-id": "request_id",
-}
-
-
-def _read(headers: Headers) -> _Asked:
-    found: dict[str, Any] = {}
-    for name, value in headers:
-        known = _READ.get(name)
-        if known is not None:
-            if known in found and known != "request_id":
-                found["twice"] = name.decode("ascii")
-            found[known] = value
-    return _Asked(**found)
+# what is read of the headers of a request; more than one of these is refused
+_SINGLE = frozenset({b"host", b"authorization", b"origin", b"sec-fetch-site"})
 
 
 class Guard:
@@ -225,12 +201,18 @@ class Guard:
             await self._app(scope, receive, send)
             return
         assert scope["type"] == "http", "the protocol lets nothing else in"
-        asked = _read(scope["headers"])
+        asked: dict[bytes, bytes] = {}
+        twice = None
+        for name, value in scope["headers"]:
+            if name in asked and name in _SINGLE:
+                twice = name.decode("ascii")
+            asked[name] = value
         state = scope.setdefault("state", {})
-        exchange = _Exchange(_request_id(asked.request_id), receive, send, state)
-        state["request_id"] = exchange.request_id
+        request_id = _request_id(asked.get(b"x-request-id"))
+        exchange = _Exchange(request_id, receive, send, state)
+        state["request_id"] = request_id
         route = access_of(scope["path"], self._routes)
-        refusal, key_id = self._admit(asked, route)
+        refusal, key_id = self._admit(asked, twice, route)
         if refusal is not None:
             await self._refuse(exchange, refusal)
             return
@@ -252,15 +234,15 @@ class Guard:
             if not self._of_key[key_id]:
                 del self._of_key[key_id]
 
-    def _admit(self, asked: _Asked, route: Route) -> tuple[Refusal | None, str | None]:
+    def _admit(
+        self, asked: Mapping[bytes, bytes], twice: str | None, route: Route
+    ) -> tuple[Refusal | None, str | None]:
         """Return why a request is refused, or None and the name of its key."""
-        if asked.twice is not None:
-            return Refusal(400, f"the header {asked.twice} was sent twice"), None
-        if self._names is not None:
-            name = None if asked.host is None else host_name(asked.host)
-            if name not in self._names:
-                message = "this server is not known by the host name of the request"
-                return Refusal(400, message, code="unknown_host"), None
+        if twice is not None:
+            return Refusal(400, f"the header {twice} was sent twice"), None
+        if self._names is not None and host_name(asked.get(b"host", b"")) not in self._names:
+            message = "this server is not known by the host name of the request"
+            return Refusal(400, message, code="unknown_host"), None
         if not self._keys or route.access == "open":
             return None, None
         key_id = self._key_id(asked)
@@ -269,13 +251,15 @@ class Guard:
             return Refusal(401, message, "invalid_api_key", _CHALLENGES), None
         return None, key_id
 
-    def _key_id(self, asked: _Asked) -> str | None:
-        offered = None if asked.authorization is None else offered_key(asked.authorization)
+    def _key_id(self, asked: Mapping[bytes, bytes]) -> str | None:
+        offered = offered_key(asked.get(b"authorization", b""))
         if offered is None:
             return None
         scheme, key = offered
         # a browser adds Basic by itself to what any page asks for; Bearer must be written by one
-        if scheme == "basic" and is_foreign(asked.origin, asked.fetch_site, asked.host):
+        if scheme == "basic" and is_foreign(
+            asked.get(b"origin"), asked.get(b"sec-fetch-site"), asked.get(b"host")
+        ):
             return None
         return self._keys.id_of(key)
 
@@ -343,7 +327,7 @@ class _Exchange:
         self.has_begun = False
         self.is_complete = False
         self.is_client_gone = False
-        self._held: list[Message] = []
+        self._held: list[Message] | None = []
         self._receive = receive
         self._send = send
         self._state = state
@@ -356,22 +340,22 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        if self._held or message.get("status") == 500:
+        kind = message["type"]
+        if self._held is not None and (self._held or message.get("status") == 500):
             self._held.append(message)
-        else:
-            await self._pass(message)
-
-    async def pass_held(self) -> None:
-        for message in self._held:
-            await self._pass(message)
-
-    async def _pass(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
+            return
+        if kind == "http.response.start":
             message = {**message, "headers": self._with_ours(message.get("headers", ()))}
             self.has_begun = True
         await self._send(message)
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
+        if kind == "http.response.body" and not message.get("more_body", False):
             self.is_complete = True
+
+    async def pass_held(self) -> None:
+        """Send what was held, and hold nothing more."""
+        held, self._held = self._held, None
+        for message in held or ():
+            await self.send(message)
 
     async def answer(self, refusal: Refusal) -> None:
         """Send a whole response."""
@@ -380,8 +364,9 @@ class _Exchange:
             "status": refusal.status,
             "headers": refusal.all_headers,
         }
-        await self._pass(start)
-        await self._pass({"type": "http.response.body", "body": refusal.body})
+        self._held = None
+        await self.send(start)
+        await self.send({"type": "http.response.body", "body": refusal.body})
 
     def cut(self) -> None:
         """End the connection, as its response cannot be ended."""
@@ -390,17 +375,21 @@ class _Exchange:
             raise RuntimeError("the response was not ended, and the connection cannot be")
         cut()
 
-    def _with_ours(self, headers: Any) -> list[tuple[bytes, bytes]]:
-        result = [*headers, (b"x-content-type-options", b"nosniff")]
-        names = {name for name, _ in result}
-        if b"cache-control" not in names:
-            result.append((b"cache-control", b"no-store"))
+    def _with_ours(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        result = list(headers)
+        if not any(name == b"cache-control" for name, _ in result):
+            result.append(_NO_STORE)
         result.append((b"x-request-id", self.request_id.encode("ascii")))
         return result
+
+
+# names that no other process gives, without asking the system for each
+_PREFIX = secrets.token_hex(8)
+_numbers = itertools.count(1)
 
 
 def _request_id(offered: bytes | None) -> str:
     """Return the client's own name for a request if it may be repeated, or else a new one."""
     if offered is not None and _REQUEST_ID.fullmatch(offered):
         return offered.decode("ascii")
-    return uuid.uuid4().hex
+    return f"{_PREFIX}{next(_numbers):016x}"

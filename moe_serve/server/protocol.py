@@ -14,6 +14,7 @@ import sys
 import termios
 from collections import Counter
 from collections.abc import Callable
+from email.utils import formatdate
 from typing import Any, Literal
 
 import h11
@@ -39,15 +40,32 @@ _Event = h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]
 _Phase = Literal["head", "body", "idle", "response"]
 
 
+class CommonHeaders:
+    """Headers of all responses, as bytes: h11 would check each again for each response."""
+
+    def __init__(self) -> None:
+        self.lines = b""
+
+    def set_date(self, now: float) -> None:
+        """now: seconds since the epoch."""
+        date = formatdate(now, usegmt=True).encode("ascii")
+        self.lines = b"date: " + date + b"\r\nx-content-type-options: nosniff\r\n"
+
+
 class GuardedConnection(h11.Connection):
     """h11's state of a connection, which also refuses what is too large or means two things.
 
     refusal: why `next_event` raised RemoteProtocolError. num_sent: bytes given to the transport.
+    on_held: called when `send` kept the head of a response for what follows it: if nothing does at
+    once, it is to be fetched with `take_held`. One packet is cheaper than two.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, common: CommonHeaders, on_held: Callable[[], None]) -> None:
         super().__init__(h11.SERVER, limits.header_bytes)
         self._limits = limits
+        self._common = common
+        self._on_held = on_held
+        self._held = b""
         self._num_body_bytes = 0
         self._num_small_chunks = 0
         self.has_partial_head = False
@@ -73,9 +91,22 @@ class GuardedConnection(h11.Connection):
 
     def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
         output = super().send(event)
-        if output:
+        if output is None:
+            return None
+        if type(event) is h11.Response:
+            # before the blank line
+            output = output[:-2] + self._common.lines + b"\r\n"
             self.num_sent += len(output)
-        return output
+            self._held = output
+            self._on_held()
+            return b""
+        self.num_sent += len(output)
+        return self.take_held() + output if self._held else output
+
+    def take_held(self) -> bytes:
+        """Return what `send` kept, for the transport."""
+        held, self._held = self._held, b""
+        return held
 
     def _refuse(self, refusal: Refusal) -> None:
         self.refusal = refusal
@@ -144,6 +175,7 @@ class GuardedProtocol(H11Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         limits: Limits,
+        common: CommonHeaders,
         on_gone: Callable[[], None],
         refused: Counter[int],
     ) -> None:
@@ -151,7 +183,7 @@ class GuardedProtocol(H11Protocol):
         self.logger = _UVICORN
         # it would log queries, whatever they hold
         self.access_log = False
-        self.conn: GuardedConnection = GuardedConnection(limits)
+        self.conn: GuardedConnection = GuardedConnection(limits, common, self._on_held)
         self._limits = limits
         self._on_gone = on_gone
         self._refused = refused
@@ -218,6 +250,14 @@ class GuardedProtocol(H11Protocol):
         self.cycle.keep_alive = False
         if not self.cycle.response_started:
             self.cycle.default_headers = [*self.cycle.default_headers, (b"connection", b"close")]
+
+    def _on_held(self) -> None:
+        self.loop.call_soon(self._write_held)
+
+    def _write_held(self) -> None:
+        held = self.conn.take_held()
+        if held and not self.transport.is_closing():
+            self.transport.write(held)
 
     # -- deadlines ---------------------------------------------------------------------------------
 

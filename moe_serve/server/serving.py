@@ -11,7 +11,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
-from email.utils import formatdate
 from typing import Any
 
 import uvicorn
@@ -19,11 +18,10 @@ from uvicorn.server import ServerState
 
 from moe_serve.errors import MoeServeError
 from moe_serve.server.limits import Limits
-from moe_serve.server.protocol import GuardedProtocol
+from moe_serve.server.protocol import CommonHeaders, GuardedProtocol
 
 logger = logging.getLogger(__name__)
 
-_CLOSE = (b"connection", b"close")
 # applications whose clients are gone, to see that and end
 _CLEAN_UP_S = 1.0
 
@@ -68,9 +66,9 @@ class Serving:
         self._config.load()
         self._lifespan = self._config.lifespan_class(self._config)
         self._state = ServerState()
+        self._common = CommonHeaders()
         self._connecting: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
-        self._is_stopping = False
         self._is_cut = False
 
     @property
@@ -86,7 +84,7 @@ class Serving:
         await self._lifespan.startup()
         if self._lifespan.should_exit:
             raise MoeServeError("the application failed to start; its reason is in the log")
-        self._set_headers()
+        self._common.set_date(time.time())
         self._ticker = asyncio.create_task(self._tick())
 
     def take(self, sock: socket.socket) -> None:
@@ -102,6 +100,7 @@ class Serving:
             self._state,
             self._lifespan.state,
             self._limits,
+            self._common,
             self._on_gone,
             self.refused,
         )
@@ -116,8 +115,7 @@ class Serving:
 
         Connections that wait for a request are closed at once, others after their response.
         """
-        self._is_stopping = True
-        self._set_headers()
+        self._state.default_headers = [(b"connection", b"close")]
         for connection in list(self._state.connections):
             connection.shutdown()
         await self._wait_until_idle(limit_s)
@@ -160,7 +158,7 @@ class Serving:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(period_s)
-            self._set_headers()
+            self._common.set_date(time.time())
             now_s = loop.time()
             for connection in list(self._state.connections):
                 assert isinstance(connection, GuardedProtocol)
@@ -170,8 +168,3 @@ class Serving:
                     # one connection's trouble must not end the deadlines of all others
                     logger.exception("a connection's deadlines could not be checked; it is cut")
                     connection.transport.abort()
-
-    def _set_headers(self) -> None:
-        date = formatdate(time.time(), usegmt=True).encode("ascii")
-        headers = [(b"date", date)]
-        self._state.default_headers = [*headers, _CLOSE] if self._is_stopping else headers

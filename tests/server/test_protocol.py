@@ -117,6 +117,28 @@ def test_http_1_0_is_answered_and_closed(served: Served) -> None:
     assert (status, json.loads(body)["path"]) == (200, "/v1/models")
 
 
+def test_a_head_request_gets_the_headers_alone(served: Served) -> None:
+    with served.connect() as sock:
+        sock.sendall(request("HEAD", "/v1/models") + request("POST", POST, b"abc"))
+        time.sleep(0.1)
+        head, _, rest = sock.recv(2**16).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert rest.startswith(b"HTTP/1.1 200 ")
+        assert rest.endswith(b'\r\n\r\n{"bytes":3}')
+
+
+def test_headers_are_there_before_the_first_of_the_body(served: Served) -> None:
+    with served.connect() as sock:
+        sock.sendall(request("GET", "/slow-start"))
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += sock.recv(2**16)
+        assert "/slow-start begins" in served.events
+        assert "/slow-start ends" not in served.events
+        served.gate.set()
+        assert read_all(sock).endswith(b"0\r\n\r\n")
+
+
 def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
     sizes = range(1, 41)
     with served.connect() as sock:
