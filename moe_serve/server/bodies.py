@@ -11,9 +11,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, with_config
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    with_config,
+)
+from pydantic_core import core_schema
 from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
 
 from moe_serve.errors import nearest
@@ -26,17 +36,56 @@ _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _TOLD_FAULTS = 3
 _TOLD_CHARS = 200
 
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """An integer, both ends included; a number such as 6.0 is one, as JSON and its schemas have it.
+
+    A float is looked at only where there is no integer, so long lists cost what plain ones do.
+    is_token: whether the document of a server may say its model's greatest in place of `most`.
+    """
+
+    least: int
+    most: int
+    is_token: bool = False
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        plain = core_schema.int_schema(ge=self.least, le=self.most, strict=True)
+        written = core_schema.no_info_after_validator_function(
+            self._integer, core_schema.float_schema(strict=True, allow_inf_nan=False)
+        )
+        return core_schema.union_schema(
+            [plain, written],
+            mode="left_to_right",
+            custom_error_type="integer",
+            custom_error_message=f"must be an integer from {self.least} to {self.most}",
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        mark = {"x-token-id": True} if self.is_token else {}
+        return {"type": "integer", "minimum": self.least, "maximum": self.most, **mark}
+
+    def _integer(self, value: float) -> int:
+        if not (value.is_integer() and self.least <= value <= self.most):
+            raise ValueError
+        return int(value)
+
+
 Text = Annotated[str, Field(max_length=_L.body_bytes)]
 Name = Annotated[str, Field(min_length=1, max_length=_L.name_chars)]
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
-TokenId = Annotated[int, Field(ge=0, le=_L.tokens)]
+TokenId = Annotated[int, Whole(0, _L.tokens, is_token=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=_L.prompt_ids, fail_fast=True)]
-Count = Annotated[int, Field(ge=1, le=_L.tokens)]
+Count = Annotated[int, Whole(1, _L.tokens)]
 StopText = Annotated[str, Field(min_length=1, max_length=_L.stop_chars)]
-Logprobs = Annotated[int, Field(ge=0, le=_L.logprobs)]
+Logprobs = Annotated[int, Whole(0, _L.logprobs)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-OnlyOne = Annotated[int, Field(ge=1, le=1)]
-AnyInteger = Annotated[int, Field(ge=-_L.seed - 1, le=_L.seed)]
+OnlyOne = Annotated[int, Whole(1, 1)]
+AnyInteger = Annotated[int, Whole(-_L.seed - 1, _L.seed)]
 # names that are token ids; without the last of these, other names would be allowed
 LogitBias = Annotated[
     dict[
@@ -80,14 +129,14 @@ class ToolCall(TypedDict):
     function: Called
 
 
+Content = Text | Annotated[list[TextPart], Field(max_length=_L.parts, fail_fast=True)]
+
+
 @with_config(_STRICT)
-class ChatMessage(TypedDict):
-    """One message of a conversation."""
+class _AnyMessage(TypedDict):
+    """What every message may have; fields of answers come back in them, empty."""
 
     role: Name
-    content: NotRequired[
-        Text | Annotated[list[TextPart], Field(max_length=_L.parts, fail_fast=True)] | None
-    ]
     name: NotRequired[Name | None]
     refusal: NotRequired[None]
     annotations: NotRequired[Nothing | None]
@@ -95,12 +144,28 @@ class ChatMessage(TypedDict):
     function_call: NotRequired[None]
     reasoning_content: NotRequired[Text | None]
     tool_call_id: NotRequired[Name | None]
-    tool_calls: NotRequired[
-        Annotated[list[ToolCall], Field(max_length=_L.parts, fail_fast=True)] | None
-    ]
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_L.messages, fail_fast=True)]
+@with_config(_STRICT)
+class ChatMessage(_AnyMessage):
+    """One message of a conversation."""
+
+    content: Content
+    tool_calls: NotRequired[None]
+
+
+@with_config(_STRICT)
+class CallMessage(_AnyMessage):
+    """A message that called tools: it needs no content."""
+
+    content: NotRequired[Content | None]
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=_L.parts, fail_fast=True)]
+
+
+Messages = Annotated[
+    list[ChatMessage | CallMessage],
+    Field(min_length=1, max_length=_L.messages, fail_fast=True),
+]
 
 
 @with_config(_STRICT)
@@ -161,7 +226,7 @@ class Body(BaseModel):
 class GenerationBody(Body):
     """What completions and chat completions have in common; names are OpenAI's, then vLLM's."""
 
-    n: Annotated[int, Field(ge=1, le=_L.n)] | None = None
+    n: Annotated[int, Whole(1, _L.n)] | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=1e4)] | None = None
     top_p: Annotated[float, Field(ge=MIN_TOP_P, le=1)] | None = None
@@ -176,10 +241,10 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=_L.name_chars)] | None = None
 
-    top_k: Annotated[int, Field(ge=-1, le=_L.tokens)] | None = None
+    top_k: Annotated[int, Whole(-1, _L.tokens)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=1e4)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=_L.tokens)] | None = None
+    min_tokens: Annotated[int, Whole(0, _L.tokens)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: (
         Annotated[list[TokenId], Field(max_length=_L.stop_token_ids, fail_fast=True)] | None
@@ -200,7 +265,7 @@ class GenerationBody(Body):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     cache_salt: Name | None = None
-    priority: Annotated[int, Field(ge=-_L.priority, le=_L.priority)] | None = None
+    priority: Annotated[int, Whole(-_L.priority, _L.priority)] | None = None
     request_id: RequestId | None = None
 
     # read further down, by the fields of SamplingParams
@@ -382,8 +447,8 @@ def _said(
 _INNER_NAMES = frozenset(
     name
     for inner in (
-        TextPart, Called, ToolCall, ChatMessage, StreamOptions, JsonSchema, ResponseFormat,
-        StructuredOutputs,
+        *(TextPart, Called, ToolCall, _AnyMessage, ChatMessage, CallMessage),
+        *(StreamOptions, JsonSchema, ResponseFormat, StructuredOutputs),
     )
     for name in inner.__annotations__
-)  # fmt: skip
+)

@@ -5,6 +5,7 @@ Made by hand, not from handlers: bodies are parsed and answers encoded without F
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel
@@ -179,14 +180,25 @@ _ERRORS = {
 }
 
 
-def document(version: str, model: str) -> dict[str, Any]:
-    """Return the document of a server of one model, which is the only name a body may give it."""
+def document(
+    version: str, model: str, *, vocab_size: int, variables: Iterable[str]
+) -> dict[str, Any]:
+    """Return the document of a server of one model, which is the only name a body may give it.
+
+    vocab_size: of its token ids. variables: that its chat template reads.
+    """
     modes: list[tuple[type[BaseModel], Any]] = [(body, "validation") for body in BODIES]
     _, definitions = models_json_schema(modes, ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = {**definitions["$defs"], **ANSWERS}
     for body in BODIES:
-        if "model" in schemas[body.__name__]["properties"]:
-            schemas[body.__name__]["properties"]["model"] = {"enum": [model, None]}
+        properties = schemas[body.__name__]["properties"]
+        if "model" in properties:
+            properties["model"] = {"enum": [model, None]}
+        if "chat_template_kwargs" in properties:
+            kwargs = properties["chat_template_kwargs"]["anyOf"][0]
+            (value,) = kwargs.pop("patternProperties").values()
+            kwargs["properties"] = dict.fromkeys(sorted(variables), value)
+        _say_vocabulary(properties, vocab_size)
     return {
         "openapi": "3.1.0",
         "info": {"title": "moe-serve", "version": version},
@@ -198,8 +210,22 @@ def document(version: str, model: str) -> dict[str, Any]:
     }
 
 
+def _say_vocabulary(schema: object, vocab_size: int) -> None:
+    """Write the greatest token id where a schema has one of any model."""
+    if isinstance(schema, list):
+        for part in schema:
+            _say_vocabulary(part, vocab_size)
+    elif isinstance(schema, dict):
+        if schema.pop("x-token-id", False):
+            schema["maximum"] = vocab_size - 1
+        for part in schema.values():
+            _say_vocabulary(part, vocab_size)
+
+
 def _paths() -> dict[str, Any]:
-    events = {"text/event-stream": {"schema": _TEXT}}
+    # of one event; the last is [DONE]
+    event = _object({"data": {**_TEXT, "contentMediaType": "application/json"}}, closed=False)
+    events = {"text/event-stream": {"schema": event}}
     return {
         "/v1/completions": _post("Complete a text", "CompletionBody", "Completion", events),
         "/v1/chat/completions": _post("Answer a chat", "ChatBody", "ChatCompletion", events),

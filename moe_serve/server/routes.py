@@ -47,7 +47,13 @@ _RETRY_AFTER_S = 5
 
 def build_app(state: FrontState) -> FastAPI:
     """Return the application that serves `state`."""
-    described = document(state.version, state.model)
+    texts = state.texts
+    described = document(
+        state.version,
+        state.model,
+        vocab_size=texts.vocab_size,
+        variables=() if texts.chat_template is None else texts.chat_template.variables,
+    )
     app = FastAPI(
         title="moe-serve",
         version=state.version,
