@@ -85,7 +85,7 @@ class FrontEnd:
         self._process = self._start()
 
     def close(self, limit_s: float = 0.0) -> None:
-        """End it; it has so long to end by itself once its mailbox is closed. Twice does no harm."""
+        """End it, if it is not ended; it has so long to do so once its mailbox is closed."""
         if self._is_closed:
             return
         self._is_closed = True

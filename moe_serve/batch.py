@@ -25,7 +25,8 @@ from moe_serve.config import EngineConfig
 from moe_serve.errors import ConfigError, MoeServeError, RequestError
 from moe_serve.llm import LLM
 from moe_serve.text.json_lines import read_line
-from moe_serve.text.openai_form import Kind, error_object, read_body, response_object
+from moe_serve.text.openai_form import BodyRequest, error_object, read_body, response_object
+from moe_serve.text.openai_logprobs import TokenNames
 from moe_serve.text.progress import progress_bar
 from moe_serve.text.prompts import PreparedRequest
 from moe_serve.types import RequestOutput
@@ -128,10 +129,11 @@ class _Job:
         self._run_marks = f"{_options_mark(llm.engine.config)}_{_engine_mark(llm)}"
         self._window = 2 * llm.engine.config.scheduler.max_num_seqs
         self._defaults = llm.default_sampling_params()
+        self._names = TokenNames(llm.tokenizer)
         self._seen = {answer.custom_id for answer in done if answer.custom_id is not None}
         self._has_warned_of_model = False
         self._ready: dict[int, bytes] = {}
-        self._served: dict[str, tuple[_Line, str, Kind]] = {}
+        self._served: dict[str, tuple[_Line, str, BodyRequest]] = {}
 
     def requests(self) -> Iterator[PreparedRequest | None]:
         """Yield the requests of the good lines, None while too many wait; answer the bad ones."""
@@ -183,7 +185,7 @@ class _Job:
             asked.prompt, asked.sampling, index=line.number, priority=asked.priority
         )
         self._warn_of_model(line, entry["body"].get("model"))
-        self._served[prepared.request.request_id] = (line, custom_id, asked.kind)
+        self._served[prepared.request.request_id] = (line, custom_id, asked)
         return prepared
 
     def _warn_of_model(self, line: _Line, asked: str | None) -> None:
@@ -202,21 +204,21 @@ class _Job:
 
     def take(self, output: RequestOutput) -> None:
         """Answer the line of a request that has finished, and write what is due."""
-        line, custom_id, kind = self._served.pop(output.request_id)
+        line, custom_id, asked = self._served.pop(output.request_id)
         error = next((o.error for o in output.outputs if o.finish_reason == "error"), None)
         if error is not None and output.metrics.e2e_s is None:  # the engine refused it
             self._answer(line, custom_id, 400, error_object(error))
         elif error is not None:
             self._answer(line, custom_id, 500, error_object(error, "server_error"))
         else:
-            prefix = "cmpl" if kind == "completion" else "chatcmpl"
+            prefix = "cmpl" if asked.kind == "completion" else "chatcmpl"
             body = response_object(
-                output,
-                kind,
+                [output],
+                asked,
                 model=self._llm.model,
                 response_id=f"{prefix}-{line.number}",
                 created=int(time.time()),
-                tokenizer=self._llm.tokenizer,
+                names=self._names,
             )
             self._answer(line, custom_id, 200, body)
         self._write_ready()

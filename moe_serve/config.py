@@ -368,9 +368,13 @@ class EngineConfig:
 
     def options(self) -> dict[str, Any]:
         """Return every leaf by name: what `from_options` makes this of."""
-        return {
-            leaf.name: getattr(getattr(self, leaf.branch), leaf.name) for leaf in option_fields()
-        }
+        return options_of(self)
+
+
+def options_of(tree: Any) -> dict[str, Any]:
+    """Return every leaf of a tree by name."""
+    leaves = option_fields(type(tree))
+    return {leaf.name: getattr(getattr(tree, leaf.branch), leaf.name) for leaf in leaves}
 
 
 def build_branches(tree: type, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 # of one slice of the time that quantiles are of
 _SLICE_S = 5.0
@@ -59,11 +60,8 @@ class Distribution:
     def _quantile(self, counts: Sequence[int], total: int, wanted: float) -> float | None:
         if not total:
             return None
-        left = wanted * total
-        for index, count in enumerate(counts):
-            left -= count
-            if left <= 0:
-                break
+        running = accumulate(counts)
+        index = next(i for i, count in enumerate(running) if count >= wanted * total)
         return self.bounds[min(index, len(self.bounds) - 1)]
 
     def _turn(self) -> None:

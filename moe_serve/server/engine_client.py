@@ -63,15 +63,16 @@ class Unavailable(MoeServeError):
 class Running:
     """A request that the engine has: `state` is all that came for it so far.
 
-    failure: why it ended otherwise than by its outputs, or None. For one reader.
+    failure: why it ended otherwise than by its outputs, or None. For one reader, who may wait for
+    several requests at once by giving them the same `news`.
     """
 
-    def __init__(self, state: RequestState) -> None:
+    def __init__(self, state: RequestState, news: asyncio.Event | None = None) -> None:
         self.state = state
         self.failure: Refused | Unavailable | None = None
         self.is_queued = True
         self.last_s: float | None = None
-        self._news = asyncio.Event()
+        self._news = news or asyncio.Event()
 
     @property
     def request_id(self) -> str:
@@ -94,10 +95,10 @@ class Running:
 class EngineClient(asyncio.Protocol):
     """The engine, as a front end sees it. All methods are for the event loop's thread.
 
-    on_gap: told the seconds between two steps that gave a request tokens; on_tokens: how many tokens
-    a step gave. on_drain: called when the host says to take nothing new; on_end: when the host is gone or has
-    failed, with the reason. max_queue_wait_s: refuse what would wait longer for its turn, as far as
-    the latest first tokens tell.
+    on_gap: told the seconds between two steps that gave a request tokens; on_tokens: how many
+    tokens a step gave. on_drain: called when the host says to take nothing new; on_end: when the
+    host is gone or has failed, with the reason. max_queue_wait_s: refuse what would wait longer for
+    its turn, as far as the latest first tokens tell.
     """
 
     def __init__(
@@ -179,17 +180,18 @@ class EngineClient(asyncio.Protocol):
             raise Unavailable(f"the engine has ended: {self.ended}")
         return self.welcome
 
-    def start(self, prepared: PreparedRequest) -> Running:
+    def start(self, prepared: PreparedRequest, news: asyncio.Event | None = None) -> Running:
         """Give the engine a request. Raises Unavailable where it cannot take it now.
 
-        While a lost world is formed anew, requests wait for it as for their turn.
+        news: set whenever something came, for who waits for several; see `Running`. While a lost
+        world is formed anew, requests wait for it as for their turn.
         """
         request = prepared.request
         state = self.state
         if state not in ("serving", "reforming") or self.silent_s > SILENT_AFTER_S:
             raise Unavailable(self.why_not_ready or "not ready", retry_after_s=5)
         self._refuse_if_full(len(request.prompt_ids))
-        running = Running(RequestState(request, prepared.prompt, self._tokenizer))
+        running = Running(RequestState(request, prepared.prompt, self._tokenizer), news)
         self.send(Start(request))
         self._running[request.request_id] = running
         self.num_queued += 1

@@ -19,7 +19,6 @@ from typing import Any
 
 import msgspec
 
-import moe_serve
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.server.dashboard import dashboard_routes
@@ -48,6 +47,7 @@ class FrontOptions(msgspec.Struct, frozen=True):
 
     model: str
     name: str
+    version: str
     tokenizer: str | None
     chat_template: str | None
     server: dict[str, Any]
@@ -105,7 +105,7 @@ class FrontEnd:
             server=self._server,
             model=options.name,
             created=int(time.time()),
-            version=moe_serve.__version__,
+            version=options.version,
         )
         self._metrics = Metrics(self._client, self._state)
         app = build_app(self._state)

@@ -21,7 +21,9 @@ class Limits:
     beyond them that only hear that there are too many.
     Of the server: requests for tokens at once; queue_requests that wait for their first token, and
     queue_tokens of their prompts; request_s for a whole request.
-    Of one request: the others. error_bytes: of any answer that is an error.
+    Of one request: the others; prompt_ids of one prompt, parts of one message's content, variables
+    of a chat template, and json_names of all objects in a body together. error_bytes: of any answer
+    that is an error.
     """
 
     body_bytes: int = 8 * 2**20
@@ -43,7 +45,9 @@ class Limits:
     error_bytes: int = 4096
     n: int = 16
     prompts: int = 64
+    prompt_ids: int = 2**20
     messages: int = 4096
+    parts: int = 1024
     stop: int = 16
     stop_chars: int = 256
     logprobs: int = 20
@@ -52,7 +56,9 @@ class Limits:
     stop_token_ids: int = 128
     allowed_token_ids: int = 2**20
     name_chars: int = 256
+    variables: int = 32
     json_depth: int = 64
+    json_names: int = 2**15
     grammar_bytes: int = 64 * 2**10
     grammar_s: float = 2.0
     template_s: float = 5.0

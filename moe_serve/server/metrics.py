@@ -153,7 +153,11 @@ class Metrics(Collector):
             "http_errors", "Answers with a status of 400 and above", "status", self._errors()
         )
         for name, about, values in (
-            ("time_to_first_token_seconds", "From a request's arrival to its first token", self.ttft),
+            (
+                "time_to_first_token_seconds",
+                "From a request's arrival to its first token",
+                self.ttft,
+            ),
             ("inter_token_latency_seconds", "Between two steps that gave tokens", self.itl),
             ("request_time_per_output_token_seconds", "After the first, in the mean", self.tpot),
             ("e2e_request_latency_seconds", "Of whole requests", self.e2e),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
@@ -39,13 +39,19 @@ MAX_OUTPUT_CHARS = 2**24
 MAX_RENDER_S = 5.0
 MAX_TURNS = 1_000_000
 
+# what a template reads beside special tokens and is not for those who send a conversation
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "functions", "add_generation_prompt", "tokenize"}
+    | {"chat_template", "tokenizer", "self", "loop", "caller", "varargs", "kwargs"}
+)
 _BUDGET = " budget"  # the space keeps it out of a template's reach
 
 
 class ChatTemplate:
     """A compiled template. special_tokens ("bos_token", ...) are variables it may use.
 
-    Raises CheckpointError where the source cannot be compiled.
+    variables: names that it reads and that a stranger may give, such as "enable_thinking". Raises
+    CheckpointError where the source cannot be compiled.
     """
 
     def __init__(
@@ -64,10 +70,14 @@ class ChatTemplate:
         self._max_output_chars = max_output_chars
         self._max_render_s = max_render_s
         self.source = source
-        self._template = self._compiled(source)
+        self._template, named = self._compiled(source)
+        self.variables = frozenset(
+            name for name in named - _RESERVED if not name.endswith("_token")
+        )
 
     @staticmethod
-    def _compiled(source: str) -> jinja2.Template:
+    def _compiled(source: str) -> tuple[jinja2.Template, frozenset[str]]:
+        """Return the template, and the names in it that nothing in it defines."""
         environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
         )
@@ -75,7 +85,8 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            return environment.from_string(source)
+            named = meta.find_undeclared_variables(environment.parse(source))
+            return environment.from_string(source), frozenset(named - environment.globals.keys())
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"chat template cannot be compiled: {error}") from error
 

@@ -56,12 +56,7 @@ class ByteLevelDetokenizer:
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._skipped:
             return b""
-        token = self._tokenizer.token(token_id) or ""
-        byte_of = _byte_of_character()
-        try:
-            return bytes([byte_of[character] for character in token])
-        except KeyError:  # an added token stands for itself when a character of it is no byte
-            return token.encode()
+        return _byte_level_bytes(self._tokenizer.token(token_id) or "")
 
     def push(self, token_id: int) -> str:
         text, self._held = decode_complete(
@@ -157,6 +152,20 @@ class WindowDetokenizer:
         )
 
 
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """Return what one token stands for, maybe a part of a character; b"" for an id without one.
+
+    A sentencepiece token keeps its space, as within a text.
+    """
+    token = tokenizer.token(token_id) or ""
+    if tokenizer.decoder_kind == "byte_level":
+        return _byte_level_bytes(token)
+    if tokenizer.decoder_kind == "byte_fallback":
+        byte = _byte_token(token)
+        return token.replace("\u2581", " ").encode() if byte is None else byte
+    return tokenizer.decode([token_id], skip_special_tokens=False).encode()
+
+
 def decode_complete(data: bytes, *, marks_each_byte: bool) -> tuple[str, bytes]:
     """Return the text of `data` and the bytes at its end that may begin a character.
 
@@ -174,6 +183,14 @@ def decode_complete(data: bytes, *, marks_each_byte: bool) -> tuple[str, bytes]:
                 return "".join(pieces), data[error.start :]
             pieces.append(REPLACEMENT * (error.end - error.start if marks_each_byte else 1))
             data = data[error.end :]
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    byte_of = _byte_of_character()
+    try:
+        return bytes([byte_of[character] for character in token])
+    except KeyError:  # an added token stands for itself when a character of it is no byte
+        return token.encode()
 
 
 def _byte_token(token: str) -> bytes | None:

@@ -1,58 +1,96 @@
-"""OpenAI's completions and chat completions: a body to a prompt and params, outputs to an object.
+"""OpenAI's completions and chat completions: a body to prompts and params, outputs to an object.
 
 What a body asks for and this system does not do is an error that names it, never left out.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
 from moe_serve.errors import RequestError, nearest
-from moe_serve.text.prompts import Prompt, RequestMaker
-from moe_serve.text.tokenizer import Tokenizer
-from moe_serve.types import (
-    CompletionOutput,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
+from moe_serve.text.openai_logprobs import (
+    CompletionLogprobs,
+    TokenNames,
+    chat_logprobs,
+    joined,
+    prompt_logprobs,
 )
+from moe_serve.text.prompts import Prompt, RequestMaker
+from moe_serve.types import CompletionOutput, RequestOutput, SamplingParams, checked_integer
 
 Kind = Literal["completion", "chat"]
 
 KIND_OF_URL: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/completions": "chat"}
 
-# for what these give there is no place in the answer's form
-_WITHOUT_PLACE = {"prompt_logprobs", "return_routed_experts"}
-SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams)) - _WITHOUT_PLACE
-COMMON_FIELDS = frozenset({"model", "user", "stream", "priority", "cache_salt"})
+# Fields of SamplingParams have their names in bodies too: one that is added there is read here.
+SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
+COMMON_FIELDS = frozenset(
+    {"model", "user", "stream", "priority", "cache_salt", "add_special_tokens"}
+    | {"truncate_prompt_tokens", "return_token_ids"}
+)
 OWN_FIELDS: dict[Kind, frozenset[str]] = {
     "completion": COMMON_FIELDS | {"prompt", "echo", "suffix", "best_of"},
-    "chat": COMMON_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"},
+    "chat": COMMON_FIELDS
+    | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
+    | {"add_generation_prompt", "continue_final_message"}
+    | {"tools", "tool_choice", "modalities", "store"},
 }
+# of a server alone: a line of a file is answered whole, and has an id of its own
+SERVER_FIELDS = frozenset({"stream_options", "request_id"})
 # fields that are known, and the one value of each that asks for nothing
-WITHOUT_EFFECT: dict[str, object] = {"echo": False, "stream": False, "suffix": "", "best_of": 1}
+WITHOUT_EFFECT: dict[str, object] = {
+    "suffix": "", "best_of": 1, "tools": [], "tool_choice": "none", "modalities": ["text"],
+    "store": False,
+}  # fmt: skip
+FLAGS = (
+    "stream", "echo", "return_token_ids", "add_special_tokens", "add_generation_prompt",
+    "continue_final_message",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class BodyRequest:
-    """What a body asks for."""
+    """What a body asks for: `sampling` of each of `prompts`, and how to tell of it.
+
+    echo: the prompt's text before each output's. num_prompt_logprobs: how many likely tokens to
+    tell for each of the prompt's, None for no such list; an echo's are `sampling.logprobs`.
+    """
 
     kind: Kind
-    prompt: Prompt
+    prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     priority: int
+    echo: bool = False
+    num_prompt_logprobs: int | None = None
+    has_token_ids: bool = False
+    is_streamed: bool = False
+    has_usage_chunk: bool = False
+    has_usage_always: bool = False
+    request_id: str | None = None
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.prompts[0]
 
 
 def read_body(
-    url: str, body: Mapping[str, Any], maker: RequestMaker, defaults: SamplingParams
+    url: str,
+    body: Mapping[str, Any],
+    maker: RequestMaker,
+    defaults: SamplingParams,
+    *,
+    is_served: bool = False,
+    most_prompts: int = 1,
 ) -> BodyRequest:
     """Read the body of a request to `url`; any fault is a RequestError that names the field.
 
     A field that is null was not given. Beside OpenAI's fields there are those of SamplingParams,
-    priority (lower runs earlier) and cache_salt. defaults: the model's own sampling. Without
-    max_tokens a completion has at most 16 tokens, and a chat completion what the context holds.
+    and of vLLM priority (lower runs earlier), cache_salt and how a prompt is made. defaults: the
+    model's own sampling. Without max_tokens a completion has at most 16 tokens, and a chat
+    completion what the context holds. is_served: by a server, which can stream.
     """
     if url not in KIND_OF_URL:
         raise RequestError(
@@ -61,23 +99,74 @@ def read_body(
         )
     kind = KIND_OF_URL[url]
     given = {name: value for name, value in body.items() if value is not None}
-    _check_known(kind, given)
+    _check_known(kind, given, is_served)
     sampling = _read_sampling(kind, given, defaults)
-    return BodyRequest(kind, _read_prompt(kind, given, maker), sampling, given.get("priority", 0))
+    has_usage_chunk, has_usage_always = _read_stream_options(given)
+    return BodyRequest(
+        kind,
+        _read_prompts(kind, given, maker, most_prompts),
+        sampling,
+        checked_integer("priority", given.get("priority", 0), -(2**63), 2**63 - 1),
+        echo=given.get("echo", False),
+        num_prompt_logprobs=given.get("prompt_logprobs"),
+        has_token_ids=given.get("return_token_ids", False),
+        is_streamed=given.get("stream", False),
+        has_usage_chunk=has_usage_chunk,
+        has_usage_always=has_usage_always,
+        request_id=given.get("request_id"),
+    )
 
 
-def _check_known(kind: Kind, given: Mapping[str, Any]) -> None:
+def named_field(message: str, kind: Kind) -> str | None:
+    """Return the field that an error of `read_body` is about: its message begins with it."""
+    found = re.match(r"(?:parameter '|the )?(\w+)", message)
+    name = found.group(1) if found else ""
+    if name == "prompt":
+        return "prompt" if kind == "completion" else "messages"
+    if message.startswith("chat template"):
+        return "messages"
+    known = SAMPLING_FIELDS | OWN_FIELDS[kind] | SERVER_FIELDS
+    return name if name in known or message.startswith("parameter '") else None
+
+
+def _check_known(kind: Kind, given: Mapping[str, Any], is_served: bool) -> None:
     known = SAMPLING_FIELDS | OWN_FIELDS[kind]
+    if is_served:
+        known |= SERVER_FIELDS
     for name, value in given.items():
         if name not in known:
             raise RequestError(f"parameter {name!r:.80} is not supported{nearest(name, known)}")
-        if name in WITHOUT_EFFECT and value != WITHOUT_EFFECT[name]:
-            raise RequestError(
-                f"{name} is {value!r:.80}; only {WITHOUT_EFFECT[name]!r} is supported here"
-            )
-    for name in ("model", "user"):
+        if name in WITHOUT_EFFECT:
+            only = WITHOUT_EFFECT[name]
+            if value != only or type(value) is not type(only):
+                raise RequestError(f"{name} is {value!r:.80}; only {only!r} is supported here")
+        if name in FLAGS and not isinstance(value, bool):
+            raise RequestError(f"{name} is {value!r:.80}; it must be true or false")
+    if given.get("stream") and not is_served:
+        raise RequestError("stream is True; only False is supported here")
+    if given.get("stream") and "prompt_logprobs" in given:
+        raise RequestError("prompt_logprobs cannot be streamed: leave stream out")
+    for name in ("model", "user", "request_id"):
         if name in given and not isinstance(given[name], str):
             raise RequestError(f"{name} is {given[name]!r:.80}; it must be text")
+
+
+def _read_stream_options(given: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Return whether the usage is told at the end of a stream, and whether in every chunk."""
+    if "stream_options" not in given:
+        return False, False
+    options = given["stream_options"]
+    if not given.get("stream"):
+        raise RequestError("stream_options needs stream: true")
+    known = ("include_usage", "continuous_usage_stats")
+    if not isinstance(options, Mapping) or not all(
+        name in known and isinstance(value, bool | None) for name, value in options.items()
+    ):
+        raise RequestError(
+            f"stream_options is {options!r:.80}; it may have {' and '.join(known)}, true or false"
+        )
+    has_usage = bool(options.get("include_usage"))
+    return has_usage, has_usage and bool(options.get("continuous_usage_stats"))
 
 
 def _read_sampling(
@@ -90,6 +179,10 @@ def _read_sampling(
         options["logit_bias"] = _read_logit_bias(given["logit_bias"])
     if kind == "chat":
         _read_chat_options(given, options)
+    sampling = SamplingParams.from_mapping(options)
+    if not given.get("echo") or sampling.logprobs is None:
+        return sampling
+    options["prompt_logprobs"] = max(sampling.logprobs, sampling.prompt_logprobs or 0)
     return SamplingParams.from_mapping(options)
 
 
@@ -117,104 +210,163 @@ def _read_logit_bias(value: object) -> dict[int, Any]:
     return {int(token): bias for token, bias in value.items()}
 
 
-def _read_prompt(kind: Kind, given: Mapping[str, Any], maker: RequestMaker) -> Prompt:
+def _read_prompts(
+    kind: Kind, given: Mapping[str, Any], maker: RequestMaker, most_prompts: int
+) -> tuple[Prompt, ...]:
     name = "prompt" if kind == "completion" else "messages"
     if name not in given:
         raise RequestError(f"{name} is missing")
-    value = given[name]
     if kind == "chat":
-        if maker.chat_template is None:
-            raise RequestError(
-                "the model has no chat template: pass --chat-template, or use /v1/completions"
-            )
-        return maker.chat_prompt(value, cache_salt=given.get("cache_salt"))
+        return (_truncated(_chat_prompt(given, maker), given),)
+    value = given["prompt"]
     if isinstance(value, list) and value and not isinstance(value[0], int):
-        if len(value) != 1:
-            raise RequestError(f"prompt is a list of {len(value)} prompts; give one in a request")
-        value = value[0]
+        if len(value) > most_prompts:
+            most = "one in a request" if most_prompts == 1 else f"at most {most_prompts}"
+            raise RequestError(f"prompt is a list of {len(value)} prompts; give {most}")
+        return tuple(_completion_prompt(part, given, maker) for part in value)
+    return (_completion_prompt(value, given, maker),)
+
+
+def _completion_prompt(value: object, given: Mapping[str, Any], maker: RequestMaker) -> Prompt:
     if not isinstance(value, str | list):
         raise RequestError(f"prompt is {value!r:.80}; it must be text or a list of token ids")
+    if isinstance(value, str) and not {"add_special_tokens", "truncate_prompt_tokens"}.isdisjoint(
+        given
+    ):
+        value = maker.encode(value, given.get("add_special_tokens", True))
     salt = {"cache_salt": given["cache_salt"]} if "cache_salt" in given else {}
     key = "prompt" if isinstance(value, str) else "prompt_token_ids"
-    return cast(Prompt, {key: value, **salt})
+    return _truncated(cast(Prompt, {key: value, **salt}), given)
+
+
+def _chat_prompt(given: Mapping[str, Any], maker: RequestMaker) -> Prompt:
+    if maker.chat_template is None:
+        raise RequestError(
+            "the model has no chat template: pass --chat-template, or use /v1/completions"
+        )
+    continues = given.get("continue_final_message", False)
+    if continues and given.get("add_generation_prompt"):
+        raise RequestError("continue_final_message needs add_generation_prompt: false")
+    variables = given.get("chat_template_kwargs")
+    if not isinstance(variables, Mapping | None):
+        raise RequestError(f"chat_template_kwargs is {variables!r:.80}; it must be an object")
+    return maker.chat_prompt(
+        given["messages"],
+        cache_salt=given.get("cache_salt"),
+        add_generation_prompt=given.get("add_generation_prompt", True),
+        continue_final_message=continues,
+        variables=variables,
+        add_special_tokens=given.get("add_special_tokens", False),
+    )
+
+
+def _truncated(prompt: Prompt, given: Mapping[str, Any]) -> Prompt:
+    """Keep the prompt's last tokens, as many as truncate_prompt_tokens says."""
+    if "truncate_prompt_tokens" not in given:
+        return prompt
+    most = checked_integer("truncate_prompt_tokens", given["truncate_prompt_tokens"], 1, 2**31 - 1)
+    whole = cast(dict[str, Any], prompt)
+    return cast(Prompt, {**whole, "prompt_token_ids": whole["prompt_token_ids"][-most:]})
 
 
 def response_object(
-    output: RequestOutput,
-    kind: Kind,
+    outputs: Sequence[RequestOutput],
+    asked: BodyRequest,
     *,
     model: str,
     response_id: str,
     created: int,
-    tokenizer: Tokenizer | None,
+    names: TokenNames,
 ) -> dict[str, Any]:
-    """Return the object of a request that has finished; created is in seconds since 1970.
+    """Return the object of a request whose outputs, one for each prompt, have finished.
 
-    All else is a function of the request: how many prompt tokens were cached is not told here.
+    created is in seconds since 1970. All else is a function of the request: how many prompt tokens
+    were cached is not told here.
     """
-    num_prompt = len(output.prompt_token_ids)
-    num_output = sum(len(o.token_ids) for o in output.outputs)
-    return {
+    choices: list[dict[str, Any]] = []
+    for output in outputs:
+        choices += [_choice(output, one, asked, len(choices), names) for one in output.outputs]
+    found: dict[str, Any] = {
         "id": response_id,
-        "object": "text_completion" if kind == "completion" else "chat.completion",
+        "object": "text_completion" if asked.kind == "completion" else "chat.completion",
         "created": created,
         "model": model,
-        "choices": [_choice(o, kind, tokenizer) for o in output.outputs],
-        "usage": {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_output,
-            "total_tokens": num_prompt + num_output,
-        },
+        "choices": choices,
+        "usage": usage_object(
+            sum(len(output.prompt_token_ids) for output in outputs),
+            sum(len(one.token_ids) for output in outputs for one in output.outputs),
+        ),
     }
+    if asked.kind == "chat":
+        found.update(_prompt_fields(outputs[0], asked, names))
+    return found
 
 
-def error_object(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """Return the body of an answer that says what was wrong."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-def _choice(output: CompletionOutput, kind: Kind, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    end = {"index": output.index, "finish_reason": output.finish_reason}
-    logprobs = output.logprobs
-    if kind == "completion":
-        told = None if logprobs is None else _completion_logprobs(logprobs, tokenizer)
-        return {"text": output.text, "logprobs": told, **end}
-    content = None if logprobs is None else [_chat_logprob(entry, tokenizer) for entry in logprobs]
+def usage_object(num_prompt: int, num_output: int) -> dict[str, Any]:
     return {
-        "message": {"role": "assistant", "content": output.text},
-        "logprobs": None if content is None else {"content": content},
-        **end,
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
     }
+
+
+def prompt_text(output: RequestOutput, names: TokenNames) -> str:
+    """Return the prompt as an echo shows it: as it was sent, or what its token ids say."""
+    if output.prompt is not None:
+        return output.prompt
+    return "" if names.tokenizer is None else names.tokenizer.decode(output.prompt_token_ids)
+
+
+def error_object(
+    message: str,
+    kind: str = "invalid_request_error",
+    param: str | None = None,
+    code: str | None = None,
+) -> dict[str, Any]:
+    """Return the body of an answer that says what was wrong. param: the field it is about."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _choice(
+    output: RequestOutput, one: CompletionOutput, asked: BodyRequest, first: int, names: TokenNames
+) -> dict[str, Any]:
+    """Return one choice. first: how many choices the prompts before this one have."""
+    end: dict[str, Any] = {"index": first + one.index, "finish_reason": one.finish_reason}
+    if asked.has_token_ids:
+        end["token_ids"] = list(one.token_ids)
+    num_top = asked.sampling.logprobs
+    if asked.kind == "completion":
+        text = prompt_text(output, names) + one.text if asked.echo else one.text
+        told = None if num_top is None else _completion_logprobs(output, one, asked, names)
+        own = _prompt_fields(output, asked, names)
+        return {"text": text, "logprobs": told, **end, **own}
+    content = None
+    if one.logprobs is not None:
+        content = {"content": chat_logprobs(one.logprobs, names, num_top or 0), "refusal": None}
+    message = {"role": "assistant", "content": one.text, "refusal": None}
+    return {"message": message, "logprobs": content, **end}
 
 
 def _completion_logprobs(
-    logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer | None
+    output: RequestOutput, one: CompletionOutput, asked: BodyRequest, names: TokenNames
 ) -> dict[str, Any]:
-    tokens = [_token_text(entry.token_id, tokenizer) for entry in logprobs]
-    offsets = [0]
-    for token in tokens:
-        offsets.append(offsets[-1] + len(token))
-    return {
-        "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in logprobs],
-        "top_logprobs": [
-            {_token_text(token_id, tokenizer): logprob for token_id, logprob in entry.top}
-            for entry in logprobs
-        ],
-        "text_offset": offsets[:-1],
-    }
+    sampling = asked.sampling
+    writer = CompletionLogprobs(
+        names, sampling.logprobs or 0, skips_special=sampling.skip_special_tokens
+    )
+    parts = []
+    if asked.echo and output.prompt_logprobs is not None:
+        parts.append(writer.of_prompt(output.prompt_token_ids, output.prompt_logprobs))
+    return joined([*parts, writer.of_output(one.logprobs or ())])
 
 
-def _chat_logprob(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    def named(token_id: int, logprob: float) -> dict[str, Any]:
-        token = _token_text(token_id, tokenizer)
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-
-    top = [named(token_id, logprob) for token_id, logprob in entry.top]
-    return {**named(entry.token_id, entry.logprob), "top_logprobs": top}
-
-
-def _token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
-    if tokenizer is None:
-        return f"token_id:{token_id}"
-    return tokenizer.decode([token_id], skip_special_tokens=False)
+def _prompt_fields(output: RequestOutput, asked: BodyRequest, names: TokenNames) -> dict[str, Any]:
+    """Return what is told of a prompt where it was asked for; vLLM's names."""
+    found: dict[str, Any] = {}
+    if asked.has_token_ids:
+        found["prompt_token_ids"] = list(output.prompt_token_ids)
+    if asked.num_prompt_logprobs is not None and output.prompt_logprobs is not None:
+        found["prompt_logprobs"] = prompt_logprobs(
+            output.prompt_logprobs, names, asked.num_prompt_logprobs
+        )
+    return found

@@ -10,10 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
-from moe_serve.errors import RequestError
+from moe_serve.errors import RequestError, nearest
 from moe_serve.text.chat_template import ChatTemplate
 from moe_serve.text.tokenizer import Tokenizer
 from moe_serve.types import Request, SamplingParams, checked_integer
+
+# whose spellings are remembered
+MOST_BAD_WORDS = 4096
+# the end of a text in what a template makes of it: private characters, in no text that means them
+_MARK = "\uf8f0\uf8f1\uf8f2"
 
 
 class TextPrompt(TypedDict):
@@ -59,20 +64,30 @@ class RequestMaker:
     _bad_words: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict, repr=False)
 
     def make(
-        self, prompt: Prompt, sampling: SamplingParams, *, index: int, priority: int = 0
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        index: int,
+        priority: int = 0,
+        request_id: str | None = None,
+        seed: int | None = None,
     ) -> PreparedRequest:
         """Check and tokenise one prompt; `index` is what its id and its seed are made of.
 
-        Its arrival is for whoever hands it to the engine to say.
+        request_id, seed: in place of those; seed also in place of the one in `sampling`. Its
+        arrival is for whoever hands it to the engine to say.
         """
         text, token_ids = self._tokens(prompt)
         self._check_prompt(token_ids)
         self._check_sampling(sampling)
+        if seed is None:
+            seed = derived_seed(self.base_seed, index) if sampling.seed is None else sampling.seed
         request = Request(
-            request_id=f"request-{index}",
+            request_id=f"request-{index}" if request_id is None else request_id,
             prompt_ids=tuple(token_ids),
             sampling=sampling,
-            seed=derived_seed(self.base_seed, index) if sampling.seed is None else sampling.seed,
+            seed=seed,
             eos_token_ids=self.eos_token_ids,
             bad_words_ids=self._bad_words_ids(sampling.bad_words),
             priority=checked_integer("priority", priority, -(2**63), 2**63 - 1),
@@ -81,20 +96,48 @@ class RequestMaker:
         return PreparedRequest(request=request, prompt=text)
 
     def chat_prompt(
-        self, messages: Sequence[Message], *, cache_salt: str | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        cache_salt: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        add_special_tokens: bool = False,
     ) -> TokensPrompt:
-        """Return the prompt that the model's chat template makes of a conversation."""
+        """Return the prompt that the model's chat template makes of a conversation.
+
+        continue_final_message: end with the last message's text, for the model to go on with, in
+        place of the start of an answer. variables: for the template, of those it reads.
+        """
         conversation = read_messages(messages)
         if self.chat_template is None:
             raise RequestError(
                 "the model has no chat template (chat_template in tokenizer_config.json, or "
                 "chat_template.jinja): pass one as chat_template, or send plain text to generate"
             )
-        text = self.chat_template.render(conversation)
-        prompt: TokensPrompt = {"prompt_token_ids": self._encode(text, add_special_tokens=False)}
+        self._check_variables(variables or {})
+        text = self.chat_template.render(
+            _marked(conversation) if continue_final_message else conversation,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            variables=variables,
+        )
+        if continue_final_message:
+            text = _until_mark(text)
+        prompt: TokensPrompt = {"prompt_token_ids": self.encode(text, add_special_tokens)}
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
         return prompt
+
+    def _check_variables(self, variables: Mapping[str, Any]) -> None:
+        assert self.chat_template is not None
+        known = self.chat_template.variables
+        for name in variables:
+            if name not in known:
+                raise RequestError(
+                    f"chat_template_kwargs has {name!r:.80}, which the chat template does not read"
+                    f"{nearest(name, known)} (it reads: {', '.join(sorted(known)) or 'none'})"
+                )
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, Mapping):
@@ -113,14 +156,15 @@ class RequestMaker:
         else:
             value = prompt
         if isinstance(value, str):
-            return value, self._encode(value)
+            return value, self.encode(value)
         if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
             raise RequestError(
                 f"a prompt of type {type(value).__name__}; it must be text or a list of token ids"
             )
         return None, value
 
-    def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a prompt; RequestError for what can be no prompt."""
         if self.tokenizer is None:
             raise RequestError(_no_tokenizer("a prompt as text"))
         if not text:
@@ -172,9 +216,12 @@ class RequestMaker:
     def _bad_words_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         found: list[tuple[int, ...]] = []
         for word in words:
-            if word not in self._bad_words:
-                self._bad_words[word] = self._spellings(word)
-            found.extend(self._bad_words[word])
+            spellings = self._bad_words.get(word)
+            if spellings is None:
+                spellings = self._spellings(word)
+                if len(self._bad_words) < MOST_BAD_WORDS:  # strangers choose them
+                    self._bad_words[word] = spellings
+            found.extend(spellings)
         return tuple(found)
 
     def _spellings(self, word: str) -> tuple[tuple[int, ...], ...]:
@@ -233,6 +280,23 @@ def _read_message(index: int, message: object) -> dict[str, Any]:
             f"messages[{index}].content is of type {type(content).__name__}; it must be text"
         )
     return {**message, "content": content}
+
+
+def _marked(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a conversation with a mark where its last message's text ends."""
+    last = conversation[-1]
+    if not last["content"]:
+        raise RequestError("continue_final_message needs a last message with text to go on with")
+    return [*conversation[:-1], {**last, "content": last["content"] + _MARK}]
+
+
+def _until_mark(text: str) -> str:
+    found = text.rfind(_MARK)
+    if found < 0:
+        raise RequestError(
+            "continue_final_message cannot be done: the chat template leaves out the last message"
+        )
+    return text[:found]
 
 
 def derived_seed(base_seed: int, index: int) -> int:

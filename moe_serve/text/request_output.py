@@ -135,8 +135,8 @@ class RequestState:
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
         self._num_unfinished = sampling.n
-        self._num_cached_tokens = 0
-        self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self.num_cached_tokens = 0
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -153,8 +153,8 @@ class RequestState:
         if step.token_ids and self.first_token_s is None:
             self.first_token_s = now_s
         if step.prompt_logprobs is not None:
-            self._prompt_logprobs = step.prompt_logprobs
-        self._num_cached_tokens = max(self._num_cached_tokens, step.num_cached_tokens)
+            self.prompt_logprobs = step.prompt_logprobs
+        self.num_cached_tokens = max(self.num_cached_tokens, step.num_cached_tokens)
         has_stop_string = output.update(step)
         if output.finish_reason is not None:
             self._num_unfinished -= 1
@@ -183,12 +183,12 @@ class RequestState:
             prompt_token_ids=self.request.prompt_ids,
             outputs=tuple(output.output() for output in self.outputs),
             finished=self.is_finished,
-            prompt_logprobs=self._prompt_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             metrics=RequestMetrics(
                 ttft_s=None if self.first_token_s is None else self.first_token_s - arrival_s,
                 e2e_s=self.finished_s - arrival_s
                 if self.is_finished and self.finished_s is not None
                 else None,
-                num_cached_tokens=self._num_cached_tokens,
+                num_cached_tokens=self.num_cached_tokens,
             ),
         )

@@ -10,6 +10,7 @@ import pytest
 from moe_serve.errors import RequestError
 from moe_serve.text.chat_template import ChatTemplate
 from moe_serve.text.openai_form import read_body, response_object
+from moe_serve.text.openai_logprobs import TokenNames
 from moe_serve.text.prompts import RequestMaker
 from moe_serve.text.tokenizer import load_tokenizer
 from moe_serve.types import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
@@ -72,7 +73,6 @@ def test_a_chat_completion() -> None:
         (COMPLETIONS, {"prompt": "a", "temprature": 1}, "'temprature' is not supported; did you"),
         (COMPLETIONS, {"prompt": "a", "tools": []}, "'tools' is not supported"),
         (COMPLETIONS, {"prompt": "a", "stream": True}, "stream is True; only False"),
-        (COMPLETIONS, {"prompt": "a", "echo": True}, "echo is True; only False"),
         (COMPLETIONS, {"prompt": "a", "best_of": 3}, "best_of is 3; only 1"),
         (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, "temperature is 'hot'"),
         (COMPLETIONS, {"prompt": "a", "stop": 5}, "stop is 5"),
@@ -105,8 +105,9 @@ def answer() -> RequestOutput:
 
 
 def test_completion_object() -> None:
+    asked = read_body(COMPLETIONS, {"prompt": "x", "logprobs": 2}, MAKER, DEFAULTS)
     found = response_object(
-        answer(), "completion", model="m", response_id="c", created=5, tokenizer=TOKENIZER
+        [answer()], asked, model="m", response_id="c", created=5, names=TokenNames(TOKENIZER)
     )
     assert found["object"] == "text_completion"
     assert found["usage"]["total_tokens"] == 5
@@ -126,12 +127,13 @@ def test_completion_object() -> None:
 
 
 def test_chat_object() -> None:
+    asked = read_body(CHAT, {"messages": HI, "logprobs": True, "top_logprobs": 2}, MAKER, DEFAULTS)
     found = response_object(
-        answer(), "chat", model="m", response_id="c", created=5, tokenizer=TOKENIZER
+        [answer()], asked, model="m", response_id="c", created=5, names=TokenNames(TOKENIZER)
     )
     (choice,) = found["choices"]
     assert found["object"] == "chat.completion"
-    assert choice["message"] == {"role": "assistant", "content": "Hi"}
+    assert choice["message"] == {"role": "assistant", "content": "Hi", "refusal": None}
     first = choice["logprobs"]["content"][0]
     assert (first["token"], first["bytes"], first["logprob"]) == ("H", [72], -0.1)
     assert [entry["token"] for entry in first["top_logprobs"]] == ["H", "i"]
