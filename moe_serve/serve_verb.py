@@ -22,7 +22,7 @@ Model = Annotated[
 
 @verb_of(app)
 def serve(
-    model: Model = None,
+    served: Model = None,
     chat_template: TemplateFile = None,
     *,
     server: dict[str, Any],
@@ -35,7 +35,7 @@ def serve(
     from moe_serve.server.front_end import FrontOptions
     from moe_serve.server.guard import check_binding
 
-    config, server_config = _configs(model, engine, server)
+    config, server_config = _configs(served, engine, server)
     network = server_config.network
     check_binding(network.host, network.keys)
     logging.getLogger("moe_serve").setLevel(logging.INFO)
