@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -49,9 +50,7 @@ class Supervisor:
         self._token = secrets.token_hex(16)
         self._links: dict[int, RemoteLink] = {}
         try:
-            self._store = dist.TCPStore(  # type: ignore[attr-defined]
-                _LOCALHOST, 0, is_master=True, wait_for_workers=False
-            )
+            self._store = _store()
             self._listener = socket.socket(socket.AF_UNIX)
             self._listener.bind(str(self._folder / SOCKET_FILE))
             self._listener.listen(num_ranks)
@@ -132,6 +131,18 @@ class Supervisor:
             if who is not None:
                 links[who] = RemoteLink(who, channel)
         return [links[rank] for rank in sorted(links)]
+
+
+def _store() -> Any:
+    """Return a store that listens for this machine alone: by itself it would for all."""
+    listener = socket.create_server((_LOCALHOST, 0))
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        _LOCALHOST,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),  # the store closes it
+    )
 
 
 def child_environment() -> dict[str, str]:
