@@ -204,8 +204,7 @@ class ExpertsConfig:
         default=False,
         metadata={
             "help": "Requests may ask for the experts of each of their tokens "
-            "(return_routed_experts): 2 bytes for each token, layer and expert of a token, held "
-            "until an output's next token."
+            "(return_routed_experts): 2 bytes for each token, layer and expert of a token."
         },
     )
     emulate_link: float | None = field(

@@ -283,11 +283,11 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
 
     A Struct, not a dataclass: thousands are made in a step, and the collector need not see them.
 
-    token_ids: the new ones ([] only when it ended without one). finish_reason is None while it
-    goes on. prompt_logprobs comes once, with the first output of index 0: an entry for each prompt
-    token, None for the first. error says why, when finish_reason is "error". routed_experts, where
-    asked for: of the tokens that ran since this output's last message (of the prompt, too, in its
-    first): whoever ends an output at one of its messages has those of all tokens before it.
+    token_ids: the new ones ([] when it ended without one; see also routed_experts). finish_reason
+    is None while it goes on. prompt_logprobs comes once, with the first output of index 0: an entry
+    for each prompt token, None for the first. error says why, when finish_reason is "error".
+    routed_experts, where asked for: of the tokens that ran in this step; of a prompt that is not
+    computed yet, without a token. Output 0 has those of the prompt, and they are those of all.
     """
 
     request_id: str

@@ -15,7 +15,7 @@ from moe_serve.errors import RequestError
 from moe_serve.experts.recorder import Array
 from moe_serve.experts.trace import read_trace
 from moe_serve.llm import LLM
-from moe_serve.types import ForwardBatch, RequestOutput, SamplingParams
+from moe_serve.types import ForwardBatch, Request, RequestOutput, SamplingParams
 from tests.models import tiny
 from tests.offloaded import HALF, LEAST, NUM_LAYERS, TOP_K, make, prompts
 
@@ -145,6 +145,29 @@ def test_a_stream_tells_more_with_every_token(store: Path) -> None:
     assert [len(one) for one in seen] == list(range(4, 18))
     for one in seen:
         np.testing.assert_array_equal(one, seen[-1][: len(one)])
+
+
+def test_steps_tell_what_ran_in_them_and_no_more(store: Path) -> None:
+    """However long prompts are and however many outputs, what a step tells is bounded."""
+    sampling = replace(ASKED, n=4, max_tokens=3)
+    with asking(store, max_num_batched_tokens=8, max_prefill_chunk=5) as llm:
+        for number in range(3):
+            prompt = tuple(range(10 * number + 5, 10 * number + 45))
+            llm.engine.add(Request(request_id=f"r{number}", prompt_ids=prompt, sampling=sampling))
+        num_rows = 0
+        while llm.engine.has_unfinished:
+            told = [output.routed_experts for output in llm.engine.step()]
+            rows = [routed.shape[0] for routed in told if routed is not None]
+            assert sum(rows) <= 8
+            num_rows += sum(rows)
+    assert num_rows == 3 * (40 + 4 * 2)
+
+
+def test_a_stream_says_nothing_before_the_first_token(store: Path) -> None:
+    with asking(store, max_prefill_chunk=5) as llm:
+        outputs = list(llm.stream(list(range(5, 25)), ASKED))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 15))
+    assert len(routed(outputs[0])) == 20
 
 
 def test_who_asks_and_who_does_not_run_together(store: Path) -> None:

@@ -1,7 +1,7 @@
-"""The experts that one sequence's tokens used, until they are told: for requests that ask for them.
+"""Which of one sequence's tokens had their experts told: for requests that ask for them.
 
 Which experts a token uses depends on the tokens before it alone, so that what is computed again,
-after a preemption, needs no second note.
+after a preemption, needs not be told again.
 """
 
 from __future__ import annotations
@@ -16,35 +16,22 @@ Array = np.ndarray[Any, Any]
 
 
 class RoutingLog:
-    """num_tokens: how many of a sequence's first tokens have been noted; not told yet: the last."""
+    """num_tokens: the experts of so many first tokens of a sequence have been told."""
 
-    __slots__ = ("_rows", "num_tokens")
+    __slots__ = ("num_tokens",)
 
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self._rows: list[Array] = []
+    def __init__(self, num_tokens: int = 0) -> None:
+        self.num_tokens = num_tokens
 
-    def note(self, first: int, ids: Array) -> None:
-        """Note tokens from position `first` on, at most `num_tokens`, that were run.
+    def new(self, first: int, ids: Array) -> RoutedExperts | None:
+        """Return what is to be told of tokens that were run, from position `first` on; or None.
 
-        ids: int16 [num_tokens, num_moe_layers, top_k]; not to be written to any more.
+        first: at most num_tokens. ids: int16 [num_tokens, num_moe_layers, top_k].
         """
-        assert first <= self.num_tokens, (first, self.num_tokens)
-        new = ids[self.num_tokens - first :]
-        if len(new):
-            self._rows.append(new)
-            self.num_tokens += len(new)
-
-    def forked(self) -> RoutingLog:
-        """Return another sequence's log that begins alike; what is noted is shared, not copied."""
-        log = RoutingLog()
-        log.num_tokens, log._rows = self.num_tokens, self._rows.copy()
-        return log
-
-    def take(self) -> RoutedExperts | None:
-        """Return what was not told yet, and forget it; None: nothing."""
-        if not self._rows:
+        told = self.num_tokens
+        assert first <= told, (first, told)
+        ids = ids[told - first :]
+        if not len(ids):
             return None
-        ids = np.concatenate(self._rows)
-        self._rows.clear()
-        return RoutedExperts.of(self.num_tokens - len(ids), ids)
+        self.num_tokens += len(ids)
+        return RoutedExperts.of(told, ids)

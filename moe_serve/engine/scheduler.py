@@ -15,12 +15,11 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from itertools import chain
 
-import msgspec
-
 from moe_serve.engine.admission import checked_end_length
 from moe_serve.engine.counts import Counts
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.policies.base import Policy
+from moe_serve.engine.routed_outputs import routed_of, with_routed
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep, Sequence
 from moe_serve.errors import RequestError
 from moe_serve.types import FinishReason, Request, StepOutput, TokenLogprobs
@@ -317,8 +316,7 @@ class Scheduler:
         """
         assert step.step == self._step, f"step {step.step} finished, {self._step} runs"
         self.counts.add(step, self._num_step_decodes)
-        if output.routed_experts:
-            _note_routing(step, output)
+        routed = routed_of(step, output) if output.routed_experts else {}
         num_ended = self._num_ended
         outputs: list[StepOutput] = []
         for index, error in output.sequence_errors.items():
@@ -331,8 +329,8 @@ class Scheduler:
         self._finish_decodes(step, output, outputs)
         self._finish_prompts(step, output, outputs)
         self.counts.num_generation_tokens += len(outputs) - num_failed
-        if output.routed_experts:
-            outputs[num_failed:] = _with_routing(step, outputs[num_failed:])
+        if routed:
+            outputs = with_routed(outputs, routed)
         if self._num_ended > num_ended:
             self._drop_ended()
         return outputs
@@ -526,33 +524,6 @@ def _first_outputs(request: Request) -> list[int]:
     if not request.is_resumed:
         return [0]
     return [index for index, tokens in enumerate(request.output_ids) if tokens is not None]
-
-
-def _note_routing(step: ScheduledStep, output: SamplerOutput) -> None:
-    """Note the experts of the tokens that ran; forks begin with those of their prompt."""
-    for index, ids in output.routed_experts.items():
-        sequence = step.sequences[index]
-        if sequence.routing is not None and sequence.row >= 0:
-            sequence.routing.note(sequence.num_computed_tokens, ids)
-    for source, sequence in zip(step.sample_sources, step.sampled, strict=True):
-        parent = step.sequences[source]
-        if sequence is not parent and parent.routing is not None:
-            sequence.routing = parent.routing.forked()
-
-
-def _with_routing(step: ScheduledStep, outputs: list[StepOutput]) -> list[StepOutput]:
-    """Return the outputs, with the experts of the tokens that ran where these are asked for."""
-    logs = {
-        (sequence.request.request_id, sequence.index): sequence.routing
-        for sequence in step.sampled
-        if sequence.routing is not None
-    }
-    return [
-        output
-        if (log := logs.get((output.request_id, output.index))) is None
-        else msgspec.structs.replace(output, routed_experts=log.take())
-        for output in outputs
-    ]
 
 
 def _keep_prompt_logprobs(sequence: Sequence, entries: list[TokenLogprobs]) -> None:

@@ -6,9 +6,8 @@ One `RequestState` follows one request. Nothing here runs the engine; whoever do
 
 from __future__ import annotations
 
-import math
-
 from moe_serve.text.detokenizer import Detokenizer, make_detokenizer
+from moe_serve.text.output_routing import OutputRouting, PromptRouting
 from moe_serve.text.stop_strings import StopStrings
 from moe_serve.text.tokenizer import Tokenizer
 from moe_serve.types import (
@@ -17,19 +16,22 @@ from moe_serve.types import (
     Request,
     RequestMetrics,
     RequestOutput,
-    RoutedExperts,
     SamplingParams,
     StepOutput,
     TokenLogprobs,
 )
 
-_ROUTED_BYTES = 2  # of one expert's id: `RoutedExperts`
-
 
 class OutputState:
     """One of a request's n outputs so far. `text` is what may be shown: it never shrinks."""
 
-    def __init__(self, index: int, sampling: SamplingParams, detokenizer: Detokenizer | None):
+    def __init__(
+        self,
+        index: int,
+        sampling: SamplingParams,
+        detokenizer: Detokenizer | None,
+        routing: OutputRouting,
+    ) -> None:
         self.index = index
         self.text = ""
         self.token_ids: list[int] = []
@@ -40,13 +42,12 @@ class OutputState:
         self._detokenizer = detokenizer
         self._stop = StopStrings(sampling.stop)
         self._held = ""
-        self._routed = bytearray()
-        self._routed_shape = (0, 0)  # layers, experts of a token
+        self.routing = routing
 
     def update(self, step: StepOutput) -> bool:
         """Take in what a step gave; return True if a stop string ended the output here."""
         if step.routed_experts is not None:
-            self._keep_routing(step.routed_experts)
+            self.routing.keep(step.routed_experts)
         for position, token_id in enumerate(step.token_ids):
             self.token_ids.append(token_id)
             if step.logprobs:
@@ -65,21 +66,6 @@ class OutputState:
             return True
         self.text, self._held = self.text + self._held, ""
         return False
-
-    def _keep_routing(self, routed: RoutedExperts) -> None:
-        """Keep the experts of more tokens; those that come again, after a restart, are the same."""
-        self._routed_shape = routed.shape[1:]
-        row_bytes = _ROUTED_BYTES * math.prod(self._routed_shape)
-        begin = routed.first * row_bytes
-        assert begin <= len(self._routed), "the experts of tokens between are missing"
-        self._routed[begin:] = routed.ids
-
-    def _routed_experts(self) -> RoutedExperts | None:
-        if not self._routed:
-            return None
-        num_layers, top_k = self._routed_shape
-        num_tokens = len(self._routed) // (_ROUTED_BYTES * num_layers * top_k)
-        return RoutedExperts(0, bytes(self._routed), (num_tokens, num_layers, top_k))
 
     @property
     def _shows_stop_token(self) -> bool:
@@ -108,7 +94,7 @@ class OutputState:
             logprobs=None if self._sampling.logprobs is None else tuple(self.logprobs),
             finish_reason=self.finish_reason,
             error=self.error,
-            routed_experts=self._routed_experts(),
+            routed_experts=self.routing.together() if self.token_ids else None,
         )
 
 
@@ -122,6 +108,7 @@ class RequestState:
         skips = sampling.skip_special_tokens
         self.request = request
         self.prompt = prompt
+        routing = PromptRouting(len(request.prompt_ids))
         self.outputs = [
             OutputState(
                 index,
@@ -129,6 +116,7 @@ class RequestState:
                 None
                 if tokenizer is None
                 else make_detokenizer(tokenizer, request.prompt_ids, skips),
+                OutputRouting(routing),
             )
             for index in range(sampling.n)
         ]

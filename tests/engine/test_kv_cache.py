@@ -198,9 +198,9 @@ def test_tokens_whose_experts_are_wanted_and_not_known_are_computed() -> None:
     asking = waiting(range(13))
     asking.routing = RoutingLog()
     assert (kv.num_searched(asking), kv.find_prefix(asking)) == (0, [])
-    asking.routing.note(0, np.zeros((7, 1, 1), np.int16))  # preempted within a block
+    asking.routing.new(0, np.zeros((7, 1, 1), np.int16))  # preempted within a block
     assert (kv.num_searched(asking), len(kv.find_prefix(asking))) == (7, 1)
-    asking.routing.note(7, np.zeros((6, 1, 1), np.int16))
+    asking.routing.new(7, np.zeros((6, 1, 1), np.int16))
     assert (kv.num_searched(asking), len(kv.find_prefix(asking))) == (12, 3)
 
 

@@ -23,37 +23,20 @@ def told(routed: RoutedExperts | None) -> tuple[int, list[int]]:
 
 def test_tokens_are_told_once_and_in_order() -> None:
     log = RoutingLog()
-    assert log.take() is None
-    log.note(0, rows(0, 3))
-    log.note(3, rows(3, 2))
-    assert told(log.take()) == (0, [0, 6, 12, 18, 24])
-    assert log.take() is None
-    log.note(5, rows(5, 1))
-    assert told(log.take()) == (5, [30])
+    assert told(log.new(0, rows(0, 3))) == (0, [0, 6, 12])
+    assert told(log.new(3, rows(3, 2))) == (3, [18, 24])
+    assert log.num_tokens == 5
 
 
 def test_what_is_computed_again_is_not_told_again() -> None:
     log = RoutingLog()
-    log.note(0, rows(0, 4))
-    log.note(0, rows(0, 2))  # after a preemption, in other chunks
+    log.new(0, rows(0, 4))
+    assert log.new(0, rows(0, 2)) is None  # after a preemption, in other chunks
     assert log.num_tokens == 4
-    log.note(2, rows(2, 4))
-    assert told(log.take()) == (0, [0, 6, 12, 18, 24, 30])
-    log.note(0, rows(0, 7))
-    assert told(log.take()) == (6, [36])
-
-
-def test_forks_begin_alike_and_go_on_apart() -> None:
-    log = RoutingLog()
-    log.note(0, rows(0, 2))
-    fork = log.forked()
-    fork.note(2, rows(20, 1))
-    log.note(2, rows(2, 1))
-    assert told(log.take()) == (0, [0, 6, 12])
-    assert told(fork.take()) == (0, [0, 6, 120])
+    assert told(log.new(2, rows(2, 4))) == (4, [24, 30])
 
 
 def test_a_gap_is_a_fault() -> None:
     log = RoutingLog()
     with pytest.raises(AssertionError):
-        log.note(1, rows(1, 1))
+        log.new(1, rows(1, 1))

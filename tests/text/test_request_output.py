@@ -137,23 +137,32 @@ def test_times_are_since_arrival(tokenizer: Tokenizer) -> None:
 
 
 def test_experts_of_tokens_are_put_together_and_may_come_again() -> None:
-    ids = np.arange(5 * 6, dtype=np.int16).reshape(5, 3, 2)
+    ids = np.arange(7 * 6, dtype=np.int16).reshape(7, 3, 2)
     request = Request(request_id="r", prompt_ids=(41, 42, 43), sampling=SamplingParams(n=2))
     state = RequestState(request)
 
-    def update(token: int, first: int, end: int) -> None:
-        routed = RoutedExperts.of(first, ids[first:end])
-        state.update(StepOutput("r", 0, (token,), routed_experts=routed), 1.0)
+    def update(index: int, token: int | None, first: int, rows: list[int]) -> None:
+        routed = RoutedExperts.of(first, ids[rows])
+        tokens = () if token is None else (token,)
+        state.update(StepOutput("r", index, tokens, routed_experts=routed), 1.0)
 
-    assert state.output().outputs[0].routed_experts is None
-    update(5, 0, 3)
-    update(6, 3, 4)
-    update(7, 0, 5)  # a request that went on elsewhere tells all anew
-    found, other = (output.routed_experts for output in state.output().outputs)
-    assert found == RoutedExperts.of(0, ids)
-    assert other is None
+    def found() -> list[RoutedExperts | None]:
+        return [output.routed_experts for output in state.output().outputs]
+
+    update(0, None, 0, [0, 1])
+    assert found() == [None, None], "no token yet"
+    update(0, 5, 2, [2])
+    state.update(StepOutput("r", 1, (9,)), 1.0)
+    assert found() == [RoutedExperts.of(0, ids[:3])] * 2
+    update(0, 6, 3, [3])
+    update(1, 6, 3, [5])
+    assert found() == [RoutedExperts.of(0, ids[:4]), RoutedExperts.of(0, ids[[0, 1, 2, 5]])]
+    update(1, None, 0, [0, 1])  # it goes on elsewhere, and all is told anew
+    assert found()[0] == RoutedExperts.of(0, ids[:4])
+    update(1, 7, 2, [2, 5, 6])
+    assert found() == [RoutedExperts.of(0, ids[:4]), RoutedExperts.of(0, ids[[0, 1, 2, 5, 6]])]
     with pytest.raises(AssertionError, match="missing"):
-        update(8, 6, 7)
+        update(0, 8, 6, [6])
 
 
 def test_an_error_is_told_and_ends_the_request(tokenizer: Tokenizer) -> None:
