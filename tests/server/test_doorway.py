@@ -118,6 +118,18 @@ def test_a_client_that_does_not_read_its_answer_holds_nobody() -> None:
         assert time.monotonic() - start < 0.2
 
 
+def test_who_reads_its_answer_late_has_it_still() -> None:
+    with door(replace(QUICK, spare_connections=1)) as opened, contextlib.ExitStack() as stack:
+        late = [stack.enter_context(opened.connect(LIVE)) for _ in range(20)]
+        time.sleep(0.1)
+        for sock in late:
+            # not read_all: a reset must not pass for an end
+            received = b""
+            while piece := sock.recv(2**16):
+                received += piece
+            assert parsed(received)[0] == 200
+
+
 def test_connections_over_the_limit_are_told_so_at_the_door() -> None:
     with door(replace(QUICK, connections=8)) as opened, contextlib.ExitStack() as stack:
         for _ in range(8):
