@@ -120,7 +120,12 @@ def test_a_client_that_does_not_read_its_answer_holds_nobody() -> None:
 
 def test_who_reads_its_answer_late_has_it_still() -> None:
     with door(replace(QUICK, spare_connections=1)) as opened, contextlib.ExitStack() as stack:
+        free = threading.Event()
+        opened.doorway._liveness = lambda: (free.wait(5), "")
+        # while the thread is held up all of them arrive, and then push each other out
         late = [stack.enter_context(opened.connect(LIVE)) for _ in range(20)]
+        time.sleep(0.05)
+        free.set()
         time.sleep(0.1)
         for sock in late:
             # not read_all: a reset must not pass for an end
