@@ -245,6 +245,12 @@ def test_it_stops_with_all_it_has() -> None:
     assert not any(thread.name == "doorway" for thread in threading.enumerate())
 
 
+def test_it_stops_while_it_is_busy() -> None:
+    for _ in range(100):
+        with door() as opened:
+            assert parsed(opened.ask(LIVE))[0] == 200
+
+
 def test_descriptors_for_all_connections_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
