@@ -269,8 +269,6 @@ class Doorway:
         """
         self._forget(sock)
         try:
-            with contextlib.suppress(BlockingIOError):
-                sock.recv(_LAST_BYTES)
             # an answer fits the kernel's empty buffer, so this does not wait
             sock.send(answer)
             sock.shutdown(socket.SHUT_WR)
