@@ -118,6 +118,23 @@ def test_a_client_that_does_not_read_its_answer_holds_nobody() -> None:
         assert time.monotonic() - start < 0.2
 
 
+def test_who_reads_its_answer_late_has_it_still() -> None:
+    with door(replace(QUICK, spare_connections=1)) as opened, contextlib.ExitStack() as stack:
+        free = threading.Event()
+        opened.doorway._liveness = lambda: (free.wait(5), "")
+        # while the thread is held up all of them arrive, and then push each other out
+        late = [stack.enter_context(opened.connect(LIVE)) for _ in range(20)]
+        time.sleep(0.05)
+        free.set()
+        time.sleep(0.1)
+        for sock in late:
+            # not read_all: a reset must not pass for an end
+            received = b""
+            while piece := sock.recv(2**16):
+                received += piece
+            assert parsed(received)[0] == 200
+
+
 def test_connections_over_the_limit_are_told_so_at_the_door() -> None:
     with door(replace(QUICK, connections=8)) as opened, contextlib.ExitStack() as stack:
         for _ in range(8):
@@ -226,6 +243,15 @@ def test_it_stops_with_all_it_has() -> None:
             assert sock.recv(1) == b""
         Door(QUICK, listener).doorway.stop()  # one that never began
     assert not any(thread.name == "doorway" for thread in threading.enumerate())
+
+
+def test_it_stops_when_its_thread_was_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    with door() as opened:
+        opened.doorway._is_stopping = True
+        opened.connect().close()
+        opened.doorway._thread.join(5)
+        # as it was seen a moment before
+        monkeypatch.setattr(opened.doorway._thread, "is_alive", lambda: True)
 
 
 def test_descriptors_for_all_connections_are_asked_for(
