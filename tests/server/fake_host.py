@@ -346,10 +346,10 @@ class _Looped:
 
     def _say(self, message: ToFront) -> None:
         data = _framed(message)
-        try:
-            asyncio.get_running_loop().call_soon(self._client.data_received, data)
-        except RuntimeError:  # no loop: a client is being made
+        if isinstance(message, Welcome | Beat):  # a client is being made, maybe without a loop
             self._client.data_received(data)
+        else:
+            asyncio.get_running_loop().call_soon(self._client.data_received, data)
 
     def write(self, data: bytes) -> None:
         self.session.feed(data)
