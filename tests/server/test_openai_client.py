@@ -62,7 +62,7 @@ def test_a_chat(client: openai.OpenAI) -> None:
     found = client.chat.completions.create(model=MODEL, messages=HI, n=3, max_tokens=5, seed=1)
     assert found.object == "chat.completion"
     assert [choice.index for choice in found.choices] == [0, 1, 2]
-    assert found.choices[0].message.content == "user: Hello there\n"
+    assert found.choices[0].message.content == "user: Hello"
     assert found.choices[0].finish_reason == "length"
     assert found.usage is not None
     assert found.usage.total_tokens == found.usage.prompt_tokens + 15
