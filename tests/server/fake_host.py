@@ -4,7 +4,7 @@
 is in the same event loop, for tests that call an application directly. As a program it is a host in
 a process of its own:
 
-    python tests/server/fake_host.py SOCKET --token TOKEN [--step-s S] [--max-model-len N]
+    python -m tests.server.fake_host SOCKET --token TOKEN [--step-s S] [--max-model-len N]
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Script:
     reply: its tokens, over again until max_tokens. first_s: before its first step; step_s: before
     each. refusal: it is not taken. error: its outputs end so after `error_after` tokens.
     is_frozen: nothing comes. num_cached: prompt tokens said to have been in the cache.
-    tokens_per_step: of each output.
+    tokens_per_step: of each output. is_aligned: steps are at whole multiples of step_s, so that all
+    requests have theirs together, as an engine's batch has.
     """
 
     reply: Sequence[int] = ()
@@ -67,6 +68,7 @@ class Script:
     is_frozen: bool = False
     num_cached: int = 0
     tokens_per_step: int = 1
+    is_aligned: bool = False
 
 
 Scripted = Callable[[Request], Script]
@@ -153,6 +155,7 @@ class Session:
         self._token = token
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ended: set[tuple[str, int]] = set()
+        self._emitted: list[StepOutput] = []
         self._decoder: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(cast(Any, ToHost))
         self._buffer = bytearray()
 
@@ -171,9 +174,7 @@ class Session:
         match message:
             case Join(token):
                 assert token == self._token
-                self.has_joined = True
-                self.say(self.model.welcome())
-                self.beat()
+                self.welcome()
             case Start(request):
                 self.model.started.append(request)
                 task = asyncio.get_running_loop().create_task(self._run(request))
@@ -206,13 +207,33 @@ class Session:
             for step in steps:
                 if step.finish_reason is not None:
                     self._ended.add((step.request_id, step.index))
-            if not steps:
+            if steps:
+                self._emit(steps)
+            ids = [(request.request_id, index) for index in range(request.sampling.n)]
+            if self._ended.issuperset(ids):
                 break
-            self.say(Outputs(tuple(steps)))
             start += script.tokens_per_step
-            await asyncio.sleep(script.step_s)
-        self._ended -= {(request.request_id, i) for i in range(request.sampling.n)}
+            rest_s = script.step_s
+            if script.is_aligned:
+                rest_s -= asyncio.get_running_loop().time() % script.step_s
+            await asyncio.sleep(rest_s)
+        self._ended.difference_update(ids)
         self._tasks.pop(request.request_id, None)
+
+    def _emit(self, steps: list[StepOutput]) -> None:
+        """Send steps, together with those of other requests that come at the same time."""
+        if not self._emitted:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._emitted += steps
+
+    def _flush(self) -> None:
+        self.say(Outputs(tuple(self._emitted)))
+        self._emitted = []
+
+    def welcome(self) -> None:
+        self.has_joined = True
+        self.say(self.model.welcome())
+        self.beat()
 
     def beat(self) -> None:
         """Give a sign of life."""
@@ -374,7 +395,8 @@ class InProcessClient(EngineClient):
         super().__init__("t", tokenizer, limits=limits)
         self.model = model or FakeModel()
         self.looped = _Looped(self, self.model, "t")
-        self.connection_made(cast(asyncio.Transport, self.looped))
+        self._transport = cast(asyncio.Transport, self.looped)
+        self.looped.session.welcome()
 
     @property
     def silent_s(self) -> float:
@@ -402,7 +424,8 @@ def main() -> None:
     options = parser.parse_args()
 
     def script(request: Request) -> Script:
-        return Script(reply=request.prompt_ids, step_s=options.step_s)
+        step_s = options.step_s
+        return Script(reply=request.prompt_ids, step_s=step_s, is_aligned=step_s > 0)
 
     model = FakeModel(script, options.max_model_len)
     with (
