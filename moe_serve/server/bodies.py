@@ -70,7 +70,9 @@ class Whole:
         return {"type": "integer", "minimum": self.least, "maximum": self.most, **mark}
 
     def _integer(self, value: float) -> int:
-        if not (value.is_integer() and self.least <= value <= self.most):
+        # what is larger was rounded: an integer out of bounds may seem to be within them
+        is_exact = value.is_integer() and abs(value) <= 2**53
+        if not (is_exact and self.least <= value <= self.most):
             raise ValueError
         return int(value)
 

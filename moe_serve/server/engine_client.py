@@ -121,6 +121,7 @@ class EngineClient(asyncio.Protocol):
         self._encoder = msgspec.msgpack.Encoder()
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
+        self._outgoing = bytearray()
         self._running: dict[str, Running] = {}
         self._first_tokens_s: deque[float] = deque()
         self._last_s = time.monotonic()
@@ -229,16 +230,24 @@ class EngineClient(asyncio.Protocol):
     def finished_drain(self) -> None:
         """Tell the host that every answer was sent."""
         self.send(Drained())
+        self.flush()
 
     def send_beat(self, num_open: int) -> None:
         """Give the host a sign of life. num_open: HTTP requests begun and not ended."""
         self.send(FrontBeat(num_open))
 
     def send(self, message: ToHost) -> None:
-        if self._transport is None or self._transport.is_closing():
-            return
+        """Send a message, with all others of this turn of the event loop in one write."""
         data = self._encoder.encode(message)
-        self._transport.write(_LENGTH.pack(len(data)) + data)
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._outgoing += _LENGTH.pack(len(data)) + data
+
+    def flush(self) -> None:
+        """Write what was sent and waits for the end of the event loop's turn."""
+        data, self._outgoing = self._outgoing, bytearray()
+        if data and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
 
     # -- what the host says ------------------------------------------------------------------------
 

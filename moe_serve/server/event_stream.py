@@ -54,13 +54,13 @@ class Streamed(Protocol):
 
 
 class EventStream:
-    """The stream of one call."""
+    """The stream of one call. has_started: something was sent, so there is no other answer."""
 
     def __init__(self, call: Streamed, asked: BodyRequest, send: Send) -> None:
         self._call = call
         self._asked = asked
         self._send = send
-        self._has_started = False
+        self.has_started = False
         self._is_ping_due = False
         self._sent_s = time.monotonic()
         self._ping: asyncio.TimerHandle | None = None
@@ -112,14 +112,14 @@ class EventStream:
                 self._ping.cancel()
 
     async def _end_with(self, fault: ApiError) -> int:
-        if not self._has_started:
+        if not self.has_started:
             raise fault
         await self._write(b"data: " + fault.body + b"\n\n", more=False)
         return fault.status
 
     async def _write(self, data: bytes, *, more: bool = True) -> None:
-        if not self._has_started:
-            self._has_started = True
+        if not self.has_started:
+            self.has_started = True
             headers = [*HEADERS, *self._call.headers]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": more})

@@ -96,22 +96,17 @@ class Call:
 
     async def serve(self, receive: Receive, send: Send) -> None:
         """Answer the request, whatever it is."""
-        has_begun = False
-
-        async def sending(message: Any) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
+        stream: EventStream | None = None
         try:
             await self._begin(receive)
             assert self.asked is not None
             if self.asked.is_streamed:
-                stream = EventStream(self, self.asked, sending)
+                stream = EventStream(self, self.asked, send)
                 self._status = await stream.send_all()
             else:
-                await self._answer_whole(sending)
+                answer = await self._whole_answer()
                 self._status = 200
+                await send_json(send, 200, answer, self.headers)
         except ApiError as error:
             self._status = error.status
             await send_error(send, error, self.headers)
@@ -119,7 +114,7 @@ class Call:
             self._status = 499
         except Exception:  # a fault of ours ends one request, not the connection's task
             logger.exception("a fault in serving %s", self.response_id)
-            if not has_begun:
+            if self._status != 200 and not (stream is not None and stream.has_started):
                 await send_error(send, ApiError(500, "a fault of the server"), self.headers)
 
     def close(self) -> None:
@@ -259,7 +254,8 @@ class Call:
         self.is_late = True
         self.wake()
 
-    async def _answer_whole(self, send: Send) -> None:
+    async def _whole_answer(self) -> bytes:
+        """Wait for all outputs; return the answer's object."""
         fault = None
         while not self.is_over and fault is None:
             await self.changed()
@@ -279,7 +275,7 @@ class Call:
         found["usage"] = self.usage()
         found["system_fingerprint"] = self.state.fingerprint
         found["seed"] = self.seed
-        await send_json(send, 200, encoded(found), self.headers)
+        return encoded(found)
 
     def _finished(self) -> Finished:
         states = [running.state for running in self.runnings]

@@ -4,7 +4,7 @@
 is in the same event loop, for tests that call an application directly. As a program it is a host in
 a process of its own:
 
-    python tests/server/fake_host.py SOCKET --token TOKEN [--step-s S] [--max-model-len N]
+    python -m tests.server.fake_host SOCKET [--step-s S] [--max-model-len N]
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Script:
     reply: its tokens, over again until max_tokens. first_s: before its first step; step_s: before
     each. refusal: it is not taken. error: its outputs end so after `error_after` tokens.
     is_frozen: nothing comes. num_cached: prompt tokens said to have been in the cache.
-    tokens_per_step: of each output.
+    tokens_per_step: of each output. is_aligned: steps are at whole multiples of step_s, so that all
+    requests have theirs together, as an engine's batch has.
     """
 
     reply: Sequence[int] = ()
@@ -67,6 +68,7 @@ class Script:
     is_frozen: bool = False
     num_cached: int = 0
     tokens_per_step: int = 1
+    is_aligned: bool = False
 
 
 Scripted = Callable[[Request], Script]
@@ -144,15 +146,15 @@ class FakeModel:
 class Session:
     """One front end's connection. `say` sends it a message."""
 
-    def __init__(self, model: FakeModel, token: str, say: Callable[[ToFront], None]) -> None:
+    def __init__(self, model: FakeModel, say: Callable[[ToFront], None]) -> None:
         self.model = model
         self.say = say
         self.has_joined = False
         self.is_drained = False
         self.state: EngineState = "serving"
-        self._token = token
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ended: set[tuple[str, int]] = set()
+        self._emitted: list[StepOutput] = []
         self._decoder: msgspec.msgpack.Decoder[ToHost] = msgspec.msgpack.Decoder(cast(Any, ToHost))
         self._buffer = bytearray()
 
@@ -170,9 +172,7 @@ class Session:
     def _take(self, message: ToHost) -> None:
         match message:
             case Join():
-                self.has_joined = True
-                self.say(self.model.welcome())
-                self.beat()
+                self.welcome()
             case Start(request):
                 self.model.started.append(request)
                 task = asyncio.get_running_loop().create_task(self._run(request))
@@ -205,13 +205,33 @@ class Session:
             for step in steps:
                 if step.finish_reason is not None:
                     self._ended.add((step.request_id, step.index))
-            if not steps:
+            if steps:
+                self._emit(steps)
+            ids = [(request.request_id, index) for index in range(request.sampling.n)]
+            if self._ended.issuperset(ids):
                 break
-            self.say(Outputs(tuple(steps)))
             start += script.tokens_per_step
-            await asyncio.sleep(script.step_s)
-        self._ended -= {(request.request_id, i) for i in range(request.sampling.n)}
+            rest_s = script.step_s
+            if script.is_aligned:
+                rest_s -= asyncio.get_running_loop().time() % script.step_s
+            await asyncio.sleep(rest_s)
+        self._ended.difference_update(ids)
         self._tasks.pop(request.request_id, None)
+
+    def _emit(self, steps: list[StepOutput]) -> None:
+        """Send steps, together with those of other requests that come at the same time."""
+        if not self._emitted:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._emitted += steps
+
+    def _flush(self) -> None:
+        self.say(Outputs(tuple(self._emitted)))
+        self._emitted = []
+
+    def welcome(self) -> None:
+        self.has_joined = True
+        self.say(self.model.welcome())
+        self.beat()
 
     def beat(self) -> None:
         """Give a sign of life."""
@@ -233,11 +253,8 @@ class FakeHost:
     state: what its beats say. is_silent: it sends no beats.
     """
 
-    def __init__(
-        self, path: Path, model: FakeModel | None = None, *, token: str = "t", beat_s: float = 0.2
-    ) -> None:
+    def __init__(self, path: Path, model: FakeModel | None = None, *, beat_s: float = 0.2) -> None:
         self.path = path
-        self.token = token
         self.model = model or FakeModel()
         self.sessions: list[Session] = []
         self.state: EngineState = "serving"
@@ -318,9 +335,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         host = self._host
-        self._session = Session(
-            host.model, host.token, lambda message: self._transport.write(_framed(message))
-        )
+        self._session = Session(host.model, lambda message: self._transport.write(_framed(message)))
         host.sessions.append(self._session)
         host._open.add(self)
 
@@ -339,16 +354,16 @@ class _Connection(asyncio.Protocol):
 class _Looped:
     """A transport whose other end is a `Session` in whatever event loop runs."""
 
-    def __init__(self, client: EngineClient, model: FakeModel, token: str) -> None:
+    def __init__(self, client: EngineClient, model: FakeModel) -> None:
         self._client = client
-        self.session = Session(model, token, self._say)
+        self.session = Session(model, self._say)
 
     def _say(self, message: ToFront) -> None:
         data = _framed(message)
-        try:
-            asyncio.get_running_loop().call_soon(self._client.data_received, data)
-        except RuntimeError:  # no loop: a client is being made
+        if isinstance(message, Welcome | Beat):  # a client is being made, maybe without a loop
             self._client.data_received(data)
+        else:
+            asyncio.get_running_loop().call_soon(self._client.data_received, data)
 
     def write(self, data: bytes) -> None:
         self.session.feed(data)
@@ -372,8 +387,9 @@ class InProcessClient(EngineClient):
     ) -> None:
         super().__init__(tokenizer, limits=limits)
         self.model = model or FakeModel()
-        self.looped = _Looped(self, self.model, "t")
-        self.connection_made(cast(asyncio.Transport, self.looped))
+        self.looped = _Looped(self, self.model)
+        self._transport = cast(asyncio.Transport, self.looped)
+        self.looped.session.welcome()
 
     @property
     def silent_s(self) -> float:
@@ -395,17 +411,17 @@ async def connect(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("socket", type=Path)
-    parser.add_argument("--token", default="t")
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--max-model-len", type=int, default=4096)
     options = parser.parse_args()
 
     def script(request: Request) -> Script:
-        return Script(reply=request.prompt_ids, step_s=options.step_s)
+        step_s = options.step_s
+        return Script(reply=request.prompt_ids, step_s=step_s, is_aligned=step_s > 0)
 
     model = FakeModel(script, options.max_model_len)
     with (
-        FakeHost(options.socket, model, token=options.token),
+        FakeHost(options.socket, model),
         contextlib.suppress(KeyboardInterrupt),
     ):
         threading.Event().wait()
