@@ -82,7 +82,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure how fast a model runs here.", rich_markup_mode=None)
+bench = typer.Typer(help="Measure how fast a model runs here, or a server.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
