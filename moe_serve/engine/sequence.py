@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moe_serve.types import FinishReason, Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from moe_serve.engine.grammar import Matcher
 
 SequenceState = Literal["waiting", "running", "finished"]
 _numbers = itertools.count()
@@ -21,12 +24,14 @@ class Sequence:
     token_ids: prompt and output in one list. num_computed_tokens: how many of them have their keys
     and values in the cache. number: no other sequence has it. row: its row in the block tables of
     `KVCacheManager` while it runs, else -1. `seed` is the base of its noise; all of its sampling is
-    a function of the request, the index and the tokens before.
+    a function of the request, the index and the tokens before. matcher: its place in a grammar,
+    where its request has one.
     """
 
     __slots__ = (
         "finish_reason",
         "index",
+        "matcher",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
@@ -52,6 +57,7 @@ class Sequence:
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.row = -1
+        self.matcher: Matcher | None = None
         self.state: SequenceState = "waiting"
         self.finish_reason: FinishReason | None = None
 
@@ -96,7 +102,8 @@ class SamplerOutput:
 
     token_ids: one per entry of `ScheduledStep.sampled`. logprobs: likewise, or None when nobody
         asked; an entry is None where its request did not. errors: why a sampled row failed (a NaN
-        in its logits), by its index; its token id means nothing.
+        in its logits), by its index; its token id means nothing. refused: those of them that the
+        request itself has brought about.
     sequence_errors: why a sequence that ran failed as a whole (a hidden state that is not finite,
         sampled or not), by its index in `sequences`: nothing that it computed may be used again.
     prompt_logprobs: for the indices into `sequences` whose requests ask for them: the logprobs of
@@ -106,5 +113,6 @@ class SamplerOutput:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
     errors: dict[int, str] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
     sequence_errors: dict[int, str] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)

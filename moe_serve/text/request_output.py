@@ -24,13 +24,22 @@ from moe_serve.types import (
 class OutputState:
     """One of a request's n outputs so far. `text` is what may be shown: it never shrinks."""
 
-    def __init__(self, index: int, sampling: SamplingParams, detokenizer: Detokenizer | None):
+    def __init__(
+        self,
+        index: int,
+        sampling: SamplingParams,
+        detokenizer: Detokenizer | None,
+        end_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """end_ids: the tokens that end a text, and are no part of it."""
         self.index = index
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
+        self.is_refused = False
+        self._end_ids = end_ids
         self._sampling = sampling
         self._detokenizer = detokenizer
         self._stop = StopStrings(sampling.stop)
@@ -43,7 +52,8 @@ class OutputState:
             if step.logprobs:
                 self.logprobs.append(step.logprobs[position])
             is_last = position == len(step.token_ids) - 1
-            if is_last and step.finish_reason == "stop" and not self._shows_stop_token:
+            ends = is_last and step.finish_reason == "stop" and token_id in self._end_ids
+            if ends and not self._shows_stop_token:
                 continue  # an end token, or one of stop_token_ids, ends the text before it
             if self._detokenizer is not None and self._show(self._detokenizer.push(token_id)):
                 self.finish_reason = "stop"
@@ -51,6 +61,7 @@ class OutputState:
         if step.finish_reason is None:
             return False
         self.finish_reason, self.error = step.finish_reason, step.error
+        self.is_refused = step.is_refused
         if self._detokenizer is not None and self._show(self._detokenizer.finish()):
             self.finish_reason = "stop"
             return True
@@ -84,6 +95,7 @@ class OutputState:
             logprobs=None if self._sampling.logprobs is None else tuple(self.logprobs),
             finish_reason=self.finish_reason,
             error=self.error,
+            is_refused=self.is_refused,
         )
 
 
@@ -97,6 +109,8 @@ class RequestState:
         skips = sampling.skip_special_tokens
         self.request = request
         self.prompt = prompt
+        eos_ids = frozenset() if sampling.ignore_eos else request.eos_token_ids
+        end_ids = eos_ids.union(sampling.stop_token_ids)
         self.outputs = [
             OutputState(
                 index,
@@ -104,6 +118,7 @@ class RequestState:
                 None
                 if tokenizer is None
                 else make_detokenizer(tokenizer, request.prompt_ids, skips),
+                end_ids,
             )
             for index in range(sampling.n)
         ]
@@ -137,9 +152,9 @@ class RequestState:
         return has_stop_string and step.finish_reason is None
 
     def fail(self, why: str) -> None:
-        """End a request that never ran: finish_reason "error" for all its outputs, and no times."""
+        """End a request that was refused: finish_reason "error" for all its outputs, no times."""
         for output in self.outputs:
-            output.finish_reason, output.error = "error", why
+            output.finish_reason, output.error, output.is_refused = "error", why, True
         self._num_unfinished = 0
 
     def abort(self) -> None:
