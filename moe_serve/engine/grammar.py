@@ -275,8 +275,7 @@ class _Shop:
             while (job := self.jobs.get()) is not None:
                 if job.is_cancelled or self.is_closed:
                     continue
-                compiled = self._compile(job, trial)
-                self.done.append((job, compiled))
+                self.done.append((job, self._compile(job, trial)))  # nothing of it stays here
                 self.has_done.set()
         finally:
             trial.close()

@@ -38,7 +38,7 @@ STEP_MAX_ITEMS = 20_000
 MAX_LEXER_STATES = 20_000
 MAX_GRAMMAR_SIZE = 200_000
 # Without a bound on it a small model may write nothing but white space for ever.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 # The trial's stack is half of what threads have at least: what passes there has room everywhere.
 TRIAL_STACK_BYTES = 4 * 2**20
 # more than the trial's process has before it
