@@ -49,7 +49,7 @@ NUM_THREADS = 2
 # of matchers at once; beyond it requests wait for others to end
 ROOM_BYTES = 2**30
 # of a matcher, beside what the trial found: what it builds up as it goes
-GROWTH_BYTES = 2**20
+GROWTH_BYTES = 2 * 2**20
 MOST_VERDICTS = 4096
 # until a trial's process has read the tokenizer
 START_S = 60.0

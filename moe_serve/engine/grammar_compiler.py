@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 # The library's own bounds. A schema of a dozen properties with formats, patterns and references
 # needs 50,000 of the first and 10,000 of the second, of which 20,000 are some 10 ms of a mask, and
-# 500 states; a text of at most so many characters needs some 6 states for each. A state is 0.4 KB.
+# 500 states; a text of at most so many characters needs some 6 to 30 states for each, of 0.4 KB. A
+# property that may be left out is 4 items of a row; 1,000 in a row are up to 60 ms of a mask.
 INITIAL_LEXER_FUEL = 400_000
 STEP_LEXER_FUEL = 20_000
-STEP_MAX_ITEMS = 20_000
-MAX_LEXER_STATES = 20_000
+STEP_MAX_ITEMS = 10_000
+MAX_ITEMS_IN_ROW = 1000
+MAX_LEXER_STATES = 50_000
 MAX_GRAMMAR_SIZE = 200_000
 # Without a bound on it a small model may write nothing but white space for ever.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
@@ -83,6 +85,7 @@ class GrammarCompiler:
             initial_lexer_fuel=INITIAL_LEXER_FUEL,
             step_lexer_fuel=STEP_LEXER_FUEL,
             step_max_items=STEP_MAX_ITEMS,
+            max_items_in_row=MAX_ITEMS_IN_ROW,
             max_lexer_states=MAX_LEXER_STATES,
             max_grammar_size=MAX_GRAMMAR_SIZE,
             verbose_errors=False,
