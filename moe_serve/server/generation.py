@@ -221,7 +221,7 @@ class Call:
             self.asked = asked
             given = asked.sampling.seed
             self.seed = secrets.randbelow(SEED_LIMIT) if given is None else given
-            unique = uuid.uuid4().hex
+            unique = next(state.counter)
             return [
                 maker.make(
                     prompt,
