@@ -249,10 +249,10 @@ def _resize_now_and_then(llm: LLM, num_experts: int, top_k: int) -> None:
     sizes = itertools.cycle((top_k, num_experts // 2, num_experts, num_experts // 3 + top_k))
     numbers = itertools.count()
 
-    def resized_step() -> list[StepOutput]:
+    def resized_step(move_bytes: int = 0) -> list[StepOutput]:
         if next(numbers) % 3 == 2:
             engine.resize_expert_cache(min(num_experts, next(sizes)))
-        return step()
+        return step(move_bytes)
 
     engine.step = resized_step  # type: ignore[method-assign]
 

@@ -46,7 +46,10 @@ class RowsOnce(Between):
         num_rows = plan.num_rows(num_tokens, top_k)
         rows = self._buffers.take("out", num_rows, size, torch.uint8)
         replicas = self._layout.replicas(layer, routing.expert_ids)
-        return rows, self._kernels.pack_rows(hidden, routing.expert_ids, replicas, plan, rows)
+        packed = self._kernels.pack_rows(hidden, routing.expert_ids, replicas, plan, rows)
+        kept = int(packed.pairs_of_rank[self._world.rank])
+        self._world.pairs_sent += num_tokens * top_k - kept
+        return rows, packed
 
     def _room(self, num_rows: int, like: Tensor) -> Tensor:
         """Return room for rows to come, as many bytes each as in `like`."""

@@ -6,6 +6,7 @@ All-to-all is all that dispatchers use, so that there is one thing to count and 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,7 +19,9 @@ from moe_serve.errors import CommError
 class World:
     """A process group, and what went through it.
 
-    num_collectives: calls since the start; bytes_sent: by this rank to others.
+    num_collectives: calls since the start; bytes_sent: by this rank to others; exchange_s: seconds
+    in them, waiting for others too, but without what was done meanwhile. pairs_sent: (token,
+    expert) pairs of this rank whose expert was at another one; dispatchers count them.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -27,6 +30,8 @@ class World:
         self.size = dist.get_world_size(group)
         self.num_collectives = 0
         self.bytes_sent = 0
+        self.pairs_sent = 0
+        self.exchange_s = 0.0
 
     def exchange(
         self,
@@ -79,6 +84,8 @@ class World:
         out_rows: list[int] | None,
         meanwhile: Callable[[], None] | None,
     ) -> None:
+        start_s = time.perf_counter()
+        meanwhile_s = 0.0
         # as bytes: gloo does not know every type, and no type is needed to move them
         try:
             work = dist.all_to_all_single(
@@ -93,7 +100,9 @@ class World:
             raise self._lost(error) from error
         try:
             if meanwhile is not None:
+                begun_s = time.perf_counter()
                 meanwhile()
+                meanwhile_s = time.perf_counter() - begun_s
         finally:  # what was begun is awaited, whatever became of the rest
             try:
                 if work is not None:
@@ -101,10 +110,12 @@ class World:
             except RuntimeError as error:
                 raise self._lost(error) from error
         self.num_collectives += 1
+        self.exchange_s += time.perf_counter() - start_s - meanwhile_s
 
     def forget(self) -> None:
         """Count from now on: what was measured at start is over."""
-        self.num_collectives = self.bytes_sent = 0
+        self.num_collectives = self.bytes_sent = self.pairs_sent = 0
+        self.exchange_s = 0.0
 
     def close(self) -> None:
         """Give the group back; nothing can be exchanged any more."""

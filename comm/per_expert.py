@@ -42,6 +42,7 @@ class PerExpert(Between):
         came = came.view(world.size, own)
         in_rows = came.sum(1).tolist()
         out_rows = [int(part.sum()) for part in torch.split(counts, num_held)]
+        world.pairs_sent += len(order) - out_rows[world.rank]
         top_k = ids.shape[1]
         rows = world.exchange(hidden[order // top_k], out_rows, in_rows, meanwhile)
         expert_of_row = layout.held(layer).repeat(world.size).repeat_interleave(came.flatten())

@@ -31,12 +31,24 @@ class Counters:
 
     misses: experts that an event used and that were not resident when it began. fetched: records
     that arrived, for events and for guesses; bytes: what they, and those given up half-way, took.
-    computed_on_cpu: misses that were served where they lay, without being brought in. Of what was
-    brought in on a guess: useful was resident before its event, late was on its way, wasted left
+    computed_on_cpu: misses that were served where they lay, without being brought in. evictions:
+    residents that left, for another one or because there are fewer slots. issued: guesses that were
+    given a slot; of these, useful was resident before its event, late was on its way, wasted left
     without having been used.
     """
 
-    FIELDS = ("hits", "misses", "fetched", "computed_on_cpu", "bytes", "useful", "late", "wasted")
+    FIELDS = (
+        "hits",
+        "misses",
+        "fetched",
+        "computed_on_cpu",
+        "bytes",
+        "evictions",
+        "issued",
+        "useful",
+        "late",
+        "wasted",
+    )
 
     def __init__(self, num_layers: int) -> None:
         self.hits = np.zeros(num_layers, np.int64)
@@ -44,6 +56,8 @@ class Counters:
         self.fetched = np.zeros(num_layers, np.int64)
         self.computed_on_cpu = np.zeros(num_layers, np.int64)
         self.bytes = np.zeros(num_layers, np.int64)
+        self.evictions = np.zeros(num_layers, np.int64)
+        self.issued = np.zeros(num_layers, np.int64)
         self.useful = np.zeros(num_layers, np.int64)
         self.late = np.zeros(num_layers, np.int64)
         self.wasted = np.zeros(num_layers, np.int64)
@@ -331,6 +345,7 @@ class ExpertCache:
             return None
         self._start(layer, expert, slots[0])
         self._guessed.add((layer, expert))
+        self.counters.issued[layer] += 1
         return slots[0]
 
     def loaded(self, layer: int, expert: int) -> None:
@@ -571,6 +586,7 @@ class ExpertCache:
         self.slot_of_expert[layer, expert] = ABSENT
         self._residents[layer].remove(expert)
         self._num_held[layer] -= 1
+        self.counters.evictions[layer] += 1
         self._lowest[layer] = None
         self._free.append(slot)
         if self._guessed and (layer, expert) in self._guessed:

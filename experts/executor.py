@@ -25,8 +25,20 @@ class Experts(Protocol):
     @property
     def layers(self) -> dict[int, ExpertTable]: ...
 
-    def step(self, batch: ForwardBatch) -> AbstractContextManager[Watcher | None]:
-        """Enclose a forward pass; gives what a fused pass must ask, or None."""
+    def step(
+        self, batch: ForwardBatch, is_noted: bool = False
+    ) -> AbstractContextManager[Watcher | None]:
+        """Enclose a forward pass; gives what a fused pass must ask, or None.
+
+        is_noted: what it gives has, after the pass, fused or not, every token's experts (`ids`).
+        """
+        ...
+
+    def resident(self) -> list[list[int]]:
+        """Return 1 for the experts of each layer that are in memory now, else 0; [] where all are.
+
+        By layer, in order, [num_experts] each.
+        """
         ...
 
     def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
@@ -76,9 +88,9 @@ class ResidentExperts:
         self._notes: StepNotes | None = None
 
     @contextmanager
-    def step(self, batch: ForwardBatch) -> Iterator[Watcher | None]:
+    def step(self, batch: ForwardBatch, is_noted: bool = False) -> Iterator[Watcher | None]:
         """Enclose a forward pass; nothing is asked, but a recorder has it noted."""
-        if self.recorder is None and self.replay is None:
+        if self.recorder is None and self.replay is None and not is_noted:
             yield None
             return
         self._notes = StepNotes(max(self.layers) + 1, batch.num_tokens, self.top_k)
@@ -97,6 +109,10 @@ class ResidentExperts:
         if self._notes is not None:
             self._notes.note(layer, routing)
         return self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, self.layers[layer])
+
+    def resident(self) -> list[list[int]]:
+        """See `Experts`."""
+        return []
 
     def report(self) -> dict[str, Any]:
         """See `Experts`: all is resident, so there is nothing to tell."""

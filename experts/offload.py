@@ -152,7 +152,7 @@ class OffloadedExperts:
     # -- a step ------------------------------------------------------------------------------------
 
     @contextmanager
-    def step(self, batch: ForwardBatch) -> Iterator[OffloadedExperts]:
+    def step(self, batch: ForwardBatch, is_noted: bool = False) -> Iterator[OffloadedExperts]:
         """Enclose a forward pass; at its end the cache was told the event of every layer."""
         num_layers = self._model_layers[-1] + 1
         self._notes = StepNotes(num_layers, batch.num_tokens, self.cache.top_k)
@@ -277,16 +277,37 @@ class OffloadedExperts:
         for layer, expert, slot in self.cache.preload(experts):
             self.queue.guess(layer, expert, slot)
 
+    def resident(self) -> list[list[int]]:
+        """See `executor.Experts`."""
+        told: list[list[int]] = (self.cache.slot_of_expert >= 0).astype(np.int8).tolist()
+        return told
+
+    def _tiers(self) -> dict[str, Array]:
+        """Return the bytes that came from each tier, int64 [num_layers], by the counter's name.
+
+        What the cache brought in came from disk, or over the link from host memory. host_bytes: of
+        the experts that were run in host memory, where they lie.
+        """
+        counters = self.cache.counters
+        none = np.zeros_like(counters.bytes)
+        if self._host is None:
+            return {"disk_bytes": counters.bytes, "link_bytes": none, "host_bytes": none}
+        in_place = counters.computed_on_cpu * self.slot_bytes
+        return {"disk_bytes": none, "link_bytes": counters.bytes, "host_bytes": in_place}
+
     def report(self) -> dict[str, Any]:
         """Return counters per layer and in total, and the times of waiting, since the start."""
         shape, stats, counters = self.cache.shape, self.stats, self.cache.counters
+        tiers = self._tiers()
+        lists = {name: tier.tolist() for name, tier in tiers.items()}
+        sums = {name: int(tier.sum()) for name, tier in tiers.items()}
         report: dict[str, Any] = {
             "slots": shape.total_slots,
             "slots_per_layer": shape.slots_per_layer,
             "num_experts": shape.num_experts,
             "resident": self.cache.num_resident(),
-            "per_layer": {**counters.per_layer(), "stall_s": list(stats.stall_s)},
-            "total": {**counters.total(), "stall_s": sum(stats.stall_s)},
+            "per_layer": {**counters.per_layer(), **lists, "stall_s": list(stats.stall_s)},
+            "total": {**counters.total(), **sums, "stall_s": sum(stats.stall_s)},
             "events": stats.num_events,
             "streamed_events": stats.num_streamed,
             "union_over_capacity": stats.union_over_capacity / max(1, stats.num_events),

@@ -31,23 +31,25 @@ class RankExperts:
 
     Sequences that used those experts then end with an error, at their own ranks; others go on.
     Experts may move to other ranks: as whole records where they are held in memory; where a cache
-    stands before a store, which has all, none needs to travel.
+    stands before a store, which has all, none needs to travel. pairs_computed: (token, expert)
+    pairs that came since the start, from all ranks.
     """
 
     def __init__(self, inner: ResidentExperts | OffloadedExperts, is_noting: bool = False) -> None:
         """is_noting: keep what the latest tokens used."""
         self.inner = inner
+        self.pairs_computed = 0
         self.recent = RecentRouting(sorted(inner.layers)) if is_noting else None
         self.layers: dict[int, ExpertTable] = inner.layers
         self._index = {layer: index for index, layer in enumerate(sorted(inner.layers))}
 
     @contextmanager
-    def step(self, batch: ForwardBatch) -> Iterator[Watcher | None]:
+    def step(self, batch: ForwardBatch, is_noted: bool = False) -> Iterator[Watcher | None]:
         recent = self.recent if batch.num_seqs > 0 else None
         if recent is not None:
             recent.begin(batch.token_ids)
         try:
-            with self.inner.step(batch) as watcher:
+            with self.inner.step(batch, is_noted) as watcher:
                 yield watcher
         except BaseException:
             if recent is not None:
@@ -57,6 +59,7 @@ class RankExperts:
             recent.end()
 
     def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
+        self.pairs_computed += inbox.row_of_pair.shape[0]
         if self.recent is not None:
             self.recent.note(layer, routing)
         try:
@@ -65,6 +68,9 @@ class RankExperts:
             logger.error("experts of layer %d: %s: %s", layer, type(error).__name__, error)
             num_pairs, size = inbox.row_of_pair.shape[0], self.layers[layer].hidden_size
             return inbox.rows.new_full((num_pairs, size), float("nan"))
+
+    def resident(self) -> list[list[int]]:
+        return self.inner.resident()
 
     def report(self) -> dict[str, Any]:
         return self.inner.report()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from moe_serve.channel import encoded
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import EngineStats, check_ids
 from moe_serve.engine.ranks import file_of_rank
@@ -21,9 +21,8 @@ from moe_serve.errors import CommError, ConfigError, MoeServeError, RequestError
 from moe_serve.experts.placement.base import Placement
 from moe_serve.experts.placement_file import as_json, placement_from
 from moe_serve.experts.trace import join_traces
-from moe_serve.channel import encoded
 from moe_serve.launch.homes import Homes
-from moe_serve.launch.links import Link, finish_all
+from moe_serve.launch.links import Link, RemoteLink, finish_all
 from moe_serve.launch.messages import (
     Abort,
     Add,
@@ -40,6 +39,8 @@ from moe_serve.launch.messages import (
     TakeRouting,
 )
 from moe_serve.launch.move_budget import MoveBudget
+from moe_serve.launch.pairs_window import PairsWindow
+from moe_serve.launch.rank_sums import together
 from moe_serve.launch.rebalancer import Rebalancer
 from moe_serve.models.spec import ModelSpec
 from moe_serve.text.interrupts import HeldInterrupt
@@ -83,6 +84,7 @@ class RankedEngine:
         self.is_moving = False
         self._bytes_moved, self._moving_s = 0, 0.0
         self._budget = MoveBudget()
+        self._step_start_s = self._longest_s = 0.0
         self._failure: str | None = None
         self._is_closed = self._has_ended = False
         first = links[0].ready
@@ -98,6 +100,7 @@ class RankedEngine:
         self._homes = Homes(len(links), spec.vocab_size, placement if by_affinity else None)
         self._is_learning = placement is not None and by_affinity
         self._num_steps = 0
+        self._pairs = PairsWindow(len(links))
         self._stats = self._together([link.ready.stats for link in links])
 
     @property
@@ -126,15 +129,23 @@ class RankedEngine:
 
     def step(self) -> list[StepOutput]:
         """Let every rank take part in one step; return what all gave. Raises CommError."""
-        budget = self._budget
-        move_bytes = budget.next_bytes() if self.is_moving else 0
-        start_s, before = time.perf_counter(), (self._bytes_moved, self._moving_s)
-        replies = self._call_all(Step(move_bytes))
-        budget.told(
-            time.perf_counter() - start_s,
-            self._bytes_moved - before[0],
-            self._moving_s - before[1],
-        )
+        self.start_step()
+        return self.finish_step()
+
+    def start_step(self) -> None:
+        """Begin a step: `finish_step` must be the next call. Raises CommError."""
+        move_bytes = self._budget.next_bytes() if self.is_moving else 0
+        self._step_start_s = time.perf_counter()
+        self._start(range(len(self._links)), Step(move_bytes))
+
+    def finish_step(self) -> list[StepOutput]:
+        """Wait for the step that was begun; return what all ranks gave. Raises CommError."""
+        before = self._bytes_moved, self._moving_s
+        replies = self._finish(range(len(self._links)))
+        taken_s = time.perf_counter() - self._step_start_s
+        self._longest_s = max(self._longest_s, taken_s)
+        self._budget.told(taken_s, self._bytes_moved - before[0], self._moving_s - before[1])
+        self._pairs.told([reply.pairs_computed for reply in replies])
         outputs = [output for reply in replies for output in reply.outputs]
         for output in outputs:
             if output.finish_reason is not None:
@@ -193,6 +204,25 @@ class RankedEngine:
             self._stats = self._gathered()
         return self._stats
 
+    def listen(self) -> None:
+        """Hear the ranks while they have nothing to do: often, or signs of life pile up.
+
+        Raises CommError where one is gone or frozen: then all are ended.
+        """
+        try:
+            for link in self.remote_links:
+                link.listen()
+        except CommError as error:
+            self._end(error)
+            raise
+
+    @property
+    def remote_links(self) -> list[RemoteLink]:
+        """The links to ranks in other processes: for `select`, and to see when they last spoke."""
+        return (
+            [] if self._is_over else [link for link in self._links if isinstance(link, RemoteLink)]
+        )
+
     def release(self) -> None:
         """Let scripts that run on every rank go on: a run of rank 0 has ended."""
         if not self._is_over:
@@ -200,6 +230,11 @@ class RankedEngine:
             with contextlib.suppress(CommError):  # who calls next will hear of it
                 for link in self._links:
                     link.start(Release(), data)
+
+    def abandon(self) -> None:
+        """End all ranks at once; nothing is written."""
+        if not self._is_over:
+            self._end(CommError("they were stopped"))
 
     def close(self) -> None:
         """End all ranks; each writes what it was asked to. Raises what one of them could not."""
@@ -218,7 +253,7 @@ class RankedEngine:
     def _join_traces(self) -> None:
         """Make one trace of those of the ranks, where all of them are on this machine."""
         path = self.config.experts.record_trace
-        if path is None:
+        if path is None or len(self._links) == 1:
             return
         parts = [file_of_rank(Path(path), rank) for rank in range(len(self._links))]
         if all(part.is_file() for part in parts):
@@ -245,16 +280,25 @@ class RankedEngine:
 
     def _guarded(self, ranks: Sequence[int], call: Call) -> list[Reply]:
         """Call ranks at once. Raises CommError when one of them is gone: then all are ended."""
+        self._start(ranks, call)
+        return self._finish(ranks)
+
+    def _start(self, ranks: Sequence[int], call: Call) -> None:
         if self._failure is not None:
             raise CommError(f"the ranks have ended: {self._failure}")
         if self._is_closed:
             raise CommError("the ranks were closed; make another engine")
         data = encoded(call)  # what cannot be said harms nobody
         try:
-            called = [self._links[rank] for rank in ranks]
-            for link in called:
-                link.start(call, data)
-            replies = finish_all(called)
+            for rank in ranks:
+                self._links[rank].start(call, data)
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def _finish(self, ranks: Sequence[int]) -> list[Reply]:
+        try:
+            replies = finish_all([self._links[rank] for rank in ranks], self._longest_s)
         except BaseException as error:  # an interrupt, too: replies would be mixed up
             self._end(error)
             raise
@@ -321,46 +365,5 @@ class RankedEngine:
         return self._together(found)
 
     def _together(self, found: Sequence[RankStats]) -> EngineStats:
-        stats = [one.stats for one in found]
-        ranks = [{"rank": rank, **one.to_json()} for rank, one in enumerate(found)]
-        if self._rebalancer is not None:
-            ranks[0]["rebalance"] = self._rebalancer.report()
-        return EngineStats(
-            num_preemptions=sum(one.num_preemptions for one in stats),
-            prefix_hit_tokens=sum(one.prefix_hit_tokens for one in stats),
-            num_waiting=sum(one.num_waiting for one in stats),
-            num_running=sum(one.num_running for one in stats),
-            model_bytes=sum(one.model_bytes for one in stats),
-            kv_bytes=sum(one.kv_bytes for one in stats),
-            experts=_experts_of([one.experts for one in stats]),
-            ranks=ranks,
-        )
-
-
-def _experts_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is said of all ranks' experts in one: counts added up, by layer and in all."""
-    if not all(reports):
-        return {}
-    first = reports[0]
-
-    def by_layer(parts: Iterable[Sequence[float]]) -> list[float]:
-        return [sum(values) for values in zip(*parts, strict=True)]
-
-    return {
-        "slots": sum(report["slots"] for report in reports),
-        "num_experts": first["num_experts"],
-        "resident": by_layer(report["resident"] for report in reports),
-        "per_layer": {
-            name: by_layer(report["per_layer"][name] for report in reports)
-            for name in first["per_layer"]
-        },
-        "total": {
-            name: sum(report["total"][name] for report in reports) for name in first["total"]
-        },
-        **_guesses([report["prefetch"] for report in reports if "prefetch" in report]),
-    }
-
-
-def _guesses(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is said of all ranks' guesses: whether any still makes some."""
-    return {"prefetch": {"is_on": any(report["is_on"] for report in reports)}} if reports else {}
+        rebalance = None if self._rebalancer is None else self._rebalancer.report()
+        return together(found, self._num_steps, self._pairs.imbalance(), rebalance)

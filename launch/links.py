@@ -6,13 +6,15 @@ import select
 import time
 from collections.abc import Sequence
 
-from moe_serve.errors import CommError
 from moe_serve.channel import Channel, Closed
+from moe_serve.errors import CommError
 from moe_serve.launch.messages import Beat, Call, FromRank, Ready, Release, Reply
 from moe_serve.launch.worker import BEAT_S, RankWorker
 
 # without a sign of life of a rank that is at work
-DEAD_AFTER_S = 10 * BEAT_S
+DEAD_AFTER_S = 5 * BEAT_S
+# a step may take ten times as long as the longest before it, but at least this
+_LEAST_STEP_S = 300.0
 # after one rank has complained of others, for what became of those
 _CAUSE_S = 0.5
 
@@ -25,6 +27,7 @@ class LocalLink:
     """To the rank of this very process, which works in `finish`."""
 
     rank = 0
+    silent_s = 0.0
 
     def __init__(self, worker: RankWorker) -> None:
         self.ready = worker.ready()
@@ -91,10 +94,22 @@ class RemoteLink:
         if isinstance(message, Ready):
             self._ready = message
 
+    @property
+    def silent_s(self) -> float:
+        """How long ago a sign of life came."""
+        return time.monotonic() - self._last_s
+
     def check(self) -> None:
         """Raise CommError where there was no sign of life for too long."""
-        if time.monotonic() - self._last_s > DEAD_AFTER_S:
+        if self.silent_s > DEAD_AFTER_S:
             raise self._is_frozen()
+
+    def listen(self) -> None:
+        """Hear a rank that was told nothing. Raises CommError where it is gone, or replies."""
+        while select.select([self], [], [], 0)[0]:
+            if (message := self.take()) is not None:
+                raise CommError(f"rank {self.rank} said {type(message).__name__}, unasked")
+        self.check()
 
     def fileno(self) -> int:
         return self._channel.fileno()
@@ -112,12 +127,14 @@ class RemoteLink:
 Link = LocalLink | RemoteLink
 
 
-def finish_all(links: Sequence[Link]) -> list[Reply]:
+def finish_all(links: Sequence[Link], longest_s: float = 0.0) -> list[Reply]:
     """Wait for the replies to what all were told, in the order of `links`.
 
-    Raises CommError as soon as a rank is gone, frozen, or of another mind than the others; of the
-    one that is to blame, where that is known.
+    longest_s: how long such a call took at most so far. Raises CommError as soon as a rank is gone,
+    frozen, of another mind than the others, or alive but at it for ten times that; of the one that
+    is to blame, where that is known.
     """
+    late_s = time.monotonic() + max(_LEAST_STEP_S, 10 * longest_s)
     replies: dict[int, Reply] = {}
     complaint: CommError | None = None
     for link in links:
@@ -142,6 +159,11 @@ def finish_all(links: Sequence[Link]) -> list[Reply]:
                     end_s = time.monotonic() + _CAUSE_S
         for link in pending:
             link.check()
+            if time.monotonic() > late_s:
+                raise CommError(
+                    f"rank {link.rank} lives, but has been at one call for far longer than any "
+                    f"before ({longest_s:.1f} s): it hangs"
+                )
     if complaint is not None:
         raise complaint
     return [replies[link.rank] for link in links]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import msgspec
@@ -93,12 +94,19 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     """Sent every second while a call, or the loading, is under way."""
 
 
+# large, and of the whole model
+_OF_ALL_RANKS = ("expert_layers", "expert_uses", "resident", "ranks", "rank_imbalance")
+
+
 class RankStats(msgspec.Struct, frozen=True):
     """One rank's counts since its start; sizes in bytes.
 
     num_idle_steps: in which others had tokens, and it had none. num_tokens: given to its own
-    requests. epoch: how often a layer of experts was placed anew;
-    experts_moved, bytes_moved: for that, on all ranks together.
+    requests. pairs_computed: (token, expert) pairs that its experts were given, by all ranks;
+    pairs_sent: of its own tokens', those that went to other ranks (both 0 of one that is alone).
+    bytes_sent: to others, in
+    num_collectives. exchange_s: seconds in these, waiting for others too. epoch: how often a layer
+    of experts was placed anew; experts_moved, bytes_moved: for that, on all ranks together.
     """
 
     stats: EngineStats
@@ -107,17 +115,25 @@ class RankStats(msgspec.Struct, frozen=True):
     num_steps: int
     num_idle_steps: int
     num_tokens: int
+    pairs_computed: int
+    pairs_sent: int
     num_collectives: int
     bytes_sent: int
+    exchange_s: float
     epoch: int
     experts_moved: int
     bytes_moved: int
     steps_by_dispatcher: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        told: dict[str, Any] = msgspec.to_builtins(self)
-        stats = told.pop("stats")
-        return {**{name: value for name, value in stats.items() if name != "ranks"}, **told}
+        """Return it as one flat dict, without what only all ranks together are asked for."""
+        stats = {
+            field.name: getattr(self.stats, field.name)
+            for field in fields(self.stats)
+            if field.name not in _OF_ALL_RANKS
+        }
+        told = {name: getattr(self, name) for name in self.__struct_fields__ if name != "stats"}
+        return {**stats, **told}
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -152,7 +168,7 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
 
     is_true: of Abort and Stop. is_moving: experts travel with the next steps; bytes_moved,
     moving_s: what has travelled since the start, on all ranks, and how long this one was at it.
-    failure: instead of anything else.
+    pairs_computed: see `RankStats`. failure: instead of anything else.
     """
 
     outputs: tuple[StepOutput, ...] = ()
@@ -161,6 +177,7 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     is_moving: bool = False
     bytes_moved: int = 0
     moving_s: float = 0.0
+    pairs_computed: int = 0
     stats: RankStats | None = None
     used: TokensUsed | None = None
     failure: Failure | None = None

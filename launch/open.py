@@ -10,7 +10,9 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from moe_serve.channel import Channel
 from moe_serve.config import EngineConfig, changed
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.engine import Engine
@@ -18,9 +20,9 @@ from moe_serve.engine.expert_parts import model_id_of
 from moe_serve.engine.ranks import share_of
 from moe_serve.errors import CommError, ConfigError
 from moe_serve.experts.placement.base import Mesh
-from moe_serve.channel import Channel
 from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.launch.environment import RankEnvironment, read_environment
+from moe_serve.launch.lasting import LastingEngine
 from moe_serve.launch.links import LocalLink, RemoteLink, poll_all, wait_until_ready
 from moe_serve.launch.messages import Call, FromRank, Hello
 from moe_serve.launch.rank import open_worker
@@ -40,7 +42,7 @@ Progress = Callable[[int, int], None] | None
 
 def open_engine(
     config: EngineConfig, model: Path, on_progress: Progress = None
-) -> Engine | RankedEngine | Follower:
+) -> Engine | RankedEngine | LastingEngine | Follower:
     """Load the model in the folder `model`, here or over ranks.
 
     Under torchrun every rank calls this: rank 0 gets the engine, the others what follows it. Raises
@@ -49,27 +51,54 @@ def open_engine(
     environment = read_environment()
     wanted = config.ranks.ep_size
     if environment is not None and environment.world_size > 1:
-        if wanted not in (None, environment.world_size):
-            raise ConfigError(
-                f"ep_size is {wanted}, but torchrun has started {environment.world_size} ranks; "
-                "leave it out"
-            )
         return _of_torchrun(config, model, environment)
     if wanted is not None and wanted > 1:
-        spec = read_spec(HFConfig.read(model))
-        mesh = Mesh(num_ranks=wanted, ranks_per_node=wanted)
-        share_of(config.ranks, spec, mesh, 0, model_id_of(config, model))  # refused before a start
-        supervisor = Supervisor(config, model, wanted)
-        return RankedEngine(config, spec, supervisor.links(), supervisor.end)
+        return LastingEngine(worlds_of(config, model))
     unused = [name for name in changed(config.ranks) if name != "ep_size"]
     if unused:
         logger.warning("there is one process, so there is no effect of: %s", ", ".join(unused))
     return build_engine(config, model, on_progress=on_progress)
 
 
+def open_served(
+    config: EngineConfig, model: Path, **losses: Any
+) -> RankedEngine | LastingEngine | Follower:
+    """As `open_engine`, for a server: the engine is in other processes, also if it is but one.
+
+    losses: as for `LastingEngine`; without effect under torchrun, which starts worlds anew itself.
+    """
+    environment = read_environment()
+    if environment is not None and environment.world_size > 1:
+        return _of_torchrun(config, model, environment)
+    return LastingEngine(worlds_of(config, model), **losses)
+
+
+def worlds_of(config: EngineConfig, model: Path) -> Callable[[int], RankedEngine]:
+    """Return what forms a world of ranks on this machine: of one rank, if no more are asked for.
+
+    What options and model contradict is raised here, before anything is started.
+    """
+    num_ranks = config.ranks.ep_size or 1
+    spec = read_spec(HFConfig.read(model))
+    if num_ranks > 1:
+        mesh = Mesh(num_ranks=num_ranks, ranks_per_node=num_ranks)
+        share_of(config.ranks, spec, mesh, 0, model_id_of(config, model))
+
+    def form(generation: int) -> RankedEngine:
+        supervisor = Supervisor(config, model, num_ranks, generation)
+        return RankedEngine(config, spec, supervisor.links(), supervisor.end)
+
+    return form
+
+
 def _of_torchrun(
     config: EngineConfig, model: Path, environment: RankEnvironment
 ) -> RankedEngine | Follower:
+    if config.ranks.ep_size not in (None, environment.world_size):
+        raise ConfigError(
+            f"ep_size is {config.ranks.ep_size}, but torchrun has started "
+            f"{environment.world_size} ranks; leave it out"
+        )
     rendezvous = Rendezvous.join(environment)
     if environment.rank > 0:
         channel = _connected(rendezvous)

@@ -1,7 +1,7 @@
-"""`python -m moe_serve.launch.rank FOLDER`: one rank of a world that a supervisor has started.
+"""`python -m moe_serve.launch.child rank FOLDER ...`: one rank of a world of a supervisor's.
 
 The environment has its place, as torchrun would give it; FOLDER has the options and the socket of
-the coordinator.
+the coordinator. A world may have one rank only.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import json
 import logging
 import signal
 import socket
-import sys
 from pathlib import Path
 
+from moe_serve.channel import Channel
 from moe_serve.config import EngineConfig
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.lockstep import LockstepEngine
 from moe_serve.errors import ConfigError, MoeServeError
-from moe_serve.channel import Channel
 from moe_serve.launch.environment import read_environment
 from moe_serve.launch.messages import Call, Hello
 from moe_serve.launch.rendezvous import Rendezvous
@@ -45,7 +44,11 @@ def main(folder: Path) -> int:
     heart = Heart(channel)
     try:
         config = EngineConfig.from_options(given["options"])
-        worker = open_worker(config, Path(given["model"]), Rendezvous.join(environment))
+        model = Path(given["model"])
+        if environment.world_size == 1:
+            worker = RankWorker(build_engine(config, model))
+        else:
+            worker = open_worker(config, model, Rendezvous.join(environment))
         follower = Follower(worker, channel, heart)
     except BaseException as error:
         tell_failure(channel, error)
@@ -76,7 +79,3 @@ def open_worker(config: EngineConfig, model: Path, rendezvous: Rendezvous) -> Ra
     return RankWorker(
         engine, ranks.world, f"{mesh.num_ranks} ranks on {nodes}, {engine.about_ranks}"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

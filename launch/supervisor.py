@@ -1,7 +1,8 @@
 """Starts the ranks of one machine as processes of their own, and ends them.
 
-The caller's script is never imported again: a rank is `python -m moe_serve.launch.rank`. The store
-in which ranks find each other is in this process, so that it outlives them.
+The caller's script is never imported again: a rank is `moe_serve.launch.rank` in a process of its
+own. The store in which ranks find each other is in this process, so that it outlives them. A world
+that was lost is not mended: all its ranks are ended, and another supervisor starts another one.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import select
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from moe_serve.channel import Channel, Closed
 from moe_serve.config import EngineConfig
 from moe_serve.errors import CommError
-from moe_serve.channel import Channel, Closed
 from moe_serve.launch.environment import RankEnvironment
+from moe_serve.launch.lifeline import Lifeline
 from moe_serve.launch.links import RemoteLink, wait_until_ready
 from moe_serve.launch.messages import FromRank, Hello
 from moe_serve.launch.rank import OPTIONS_FILE, SOCKET_FILE
@@ -35,18 +37,20 @@ _LOCALHOST = "127.0.0.1"
 
 
 class Supervisor:
-    """The processes of a world, all on this machine."""
+    """The processes of a world, all on this machine. generation: how many worlds were before it."""
 
-    def __init__(self, config: EngineConfig, model: Path, num_ranks: int) -> None:
+    def __init__(
+        self, config: EngineConfig, model: Path, num_ranks: int, generation: int = 0
+    ) -> None:
         """Start them; `links` waits until they are there. Raises CommError."""
-        self._folder = _new_folder()
+        self._folder = new_folder()
+        self._generation = generation
+        self._lifeline = Lifeline()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._token = secrets.token_hex(16)
         self._links: dict[int, RemoteLink] = {}
         try:
-            self._store = dist.TCPStore(  # type: ignore[attr-defined]
-                _LOCALHOST, 0, is_master=True, wait_for_workers=False
-            )
+            self._store = _store()
             self._listener = socket.socket(socket.AF_UNIX)
             self._listener.bind(str(self._folder / SOCKET_FILE))
             self._listener.listen(num_ranks)
@@ -63,7 +67,8 @@ class Supervisor:
         try:
             links = self._connected()
             wait_until_ready(links)
-            self._forget_folder()  # all have read what is there
+            self._forget_folder()  # all have read what is there, and all have come
+            self._listener.close()
             return links
         except BaseException as error:
             self.end(error)
@@ -84,6 +89,7 @@ class Supervisor:
             process.wait()
         for link in self._links.values():
             link.close()
+        self._lifeline.close()
         if hasattr(self, "_listener"):
             self._listener.close()
         self._forget_folder()
@@ -100,24 +106,12 @@ class Supervisor:
             master_host=_LOCALHOST,
             master_port=self._store.port,
             has_store=True,
-            generation=0,
+            generation=self._generation,
         )
-        package = str(Path(__file__).absolute().parents[2])  # links not followed: launch is one
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        variables = {
-            **os.environ,
-            **environment.variables(),
-            "PYTHONPATH": os.pathsep.join(paths),
-        }
+        variables = {**child_environment(), **environment.variables()}
         threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
         variables.setdefault("OMP_NUM_THREADS", str(threads))
-        return subprocess.Popen(
-            [sys.executable, "-m", "moe_serve.launch.rank", str(self._folder)],
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # stdout has the answer, and nothing else
-            start_new_session=True,  # Ctrl-C is for this process, which tells the others
-        )
+        return self._lifeline.start("rank", self._folder, variables)
 
     def _connected(self) -> list[RemoteLink]:
         """Accept every rank's connection."""
@@ -139,7 +133,26 @@ class Supervisor:
         return [links[rank] for rank in sorted(links)]
 
 
-def _new_folder() -> Path:
+def _store() -> Any:
+    """Return a store that listens for this machine alone: by itself it would for all."""
+    listener = socket.create_server((_LOCALHOST, 0))
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        _LOCALHOST,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),  # the store closes it
+    )
+
+
+def child_environment() -> dict[str, str]:
+    """Return this process' environment, with which a child finds this package."""
+    package = str(Path(__file__).absolute().parents[2])  # links not followed: launch is one
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def new_folder() -> Path:
     """Make a folder that nobody else may enter, with a name short enough for a socket's."""
     folder = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="moe-serve-", dir="/tmp" if len(folder) > 60 else folder))

@@ -10,12 +10,12 @@ from typing import ClassVar
 
 import torch
 
+from moe_serve.channel import Channel, Closed
 from moe_serve.comm._world import World
-from moe_serve.engine.lockstep import LockstepEngine
+from moe_serve.engine.engine import Engine
 from moe_serve.engine.memory import peak_rss_bytes
 from moe_serve.errors import CommError, MoeServeError
 from moe_serve.experts.placement_file import as_json, placement_from
-from moe_serve.channel import Channel, Closed
 from moe_serve.launch.messages import (
     Abort,
     Add,
@@ -43,9 +43,12 @@ BEAT_S = 1.0
 
 
 class RankWorker:
-    """An engine that is one of several, and what it is told to do."""
+    """An engine, of one rank of several or alone, and what it is told to do.
 
-    def __init__(self, engine: LockstepEngine, world: World, about: str) -> None:
+    world: None where it is alone.
+    """
+
+    def __init__(self, engine: Engine, world: World | None = None, about: str = "") -> None:
         self.engine = engine
         self._world = world
         self._about = about
@@ -59,7 +62,8 @@ class RankWorker:
 
     def close(self) -> None:
         """Give back what only ranks have."""
-        self._world.close()
+        if self._world is not None:
+            self._world.close()
 
     def do(self, call: Call) -> Reply:
         """Carry out one call. What is wrong with it alone comes back as the reply's failure.
@@ -123,6 +127,7 @@ class RankWorker:
             engine.is_moving,
             engine.bytes_moved,
             engine.moving_s,
+            engine.pairs_computed,
             stats,
             used,
             failure,
@@ -136,8 +141,11 @@ class RankWorker:
             num_steps=self._num_steps,
             num_idle_steps=self.engine.num_idle_steps,
             num_tokens=self._num_tokens,
-            num_collectives=self._world.num_collectives,
-            bytes_sent=self._world.bytes_sent,
+            pairs_computed=self.engine.pairs_computed,
+            pairs_sent=0 if self._world is None else self._world.pairs_sent,
+            num_collectives=0 if self._world is None else self._world.num_collectives,
+            bytes_sent=0 if self._world is None else self._world.bytes_sent,
+            exchange_s=0.0 if self._world is None else self._world.exchange_s,
             epoch=self.engine.epoch,
             experts_moved=self.engine.num_moved,
             bytes_moved=self.engine.bytes_moved,

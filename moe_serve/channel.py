@@ -1,4 +1,7 @@
-"""Messages over a stream socket: length, then msgpack. No pickle: data and nothing else."""
+"""Messages over a stream socket: length, then msgpack. No pickle: data and nothing else.
+
+A `Channel` waits for its other end; a `Mailbox` never does.
+"""
 
 from __future__ import annotations
 
@@ -103,3 +106,109 @@ class Channel(Generic[Incoming]):
                 raise Closed("the connection was closed")
             parts += part
         return bytes(parts)
+
+
+class Mailbox(Generic[Incoming]):
+    """One end of a connection whose other end may be slow, or frozen: nothing here waits for it.
+
+    What cannot be written yet is kept, up to `most_bytes`. Any thread may send; one may receive.
+    """
+
+    def __init__(
+        self, connection: socket.socket, incoming: Any, most_bytes: int = MOST_BYTES
+    ) -> None:
+        """incoming: the type, a union of Structs, of what the other side may say."""
+        connection.setblocking(False)
+        self._socket = connection
+        self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(incoming)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._most_bytes = most_bytes
+        self._sending = threading.Lock()
+        self._unsent = bytearray()
+        self._unread = bytearray()
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Send a message, or keep what does not go yet for `flush`.
+
+        Raises Closed where the other side is gone, or has not read for so long that too much waits.
+        """
+        with self._sending:
+            data = self._encoder.encode(message)
+            self._unsent += _LENGTH.pack(len(data))
+            self._unsent += data
+            if len(self._unsent) > self._most_bytes:
+                raise Closed(f"the other side has not read {len(self._unsent)} bytes")
+            self._write()
+
+    def flush(self) -> bool:
+        """Write what goes of what is kept; return whether nothing is left. Raises Closed."""
+        with self._sending:
+            self._write()
+            return not self._unsent
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something is kept: `flush` when the socket can be written to."""
+        return bool(self._unsent)
+
+    def receive(self) -> list[Incoming]:
+        """Return the messages that are there, [] where there are none.
+
+        Raises Closed at the end, CommError for what is no message.
+        """
+        is_closed = False
+        while True:
+            try:
+                part = self._socket.recv(2**18)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise Closed(f"the connection is gone ({error.strerror or error})") from error
+            if not part:
+                is_closed = True
+                break
+            self._unread += part
+            if len(part) < 2**18:
+                break
+        messages = self._messages()
+        if is_closed and not messages:
+            raise Closed("the connection was closed")
+        return messages
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close it; what was kept is lost."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _write(self) -> None:
+        while self._unsent:
+            try:
+                sent = self._socket.send(self._unsent)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise Closed(f"the connection is gone ({error.strerror or error})") from error
+            del self._unsent[:sent]
+
+    def _messages(self) -> list[Incoming]:
+        """Take the whole messages out of what was read."""
+        unread, start = self._unread, 0
+        messages: list[Incoming] = []
+        while len(unread) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(unread, start)
+            if length > MOST_BYTES:
+                raise CommError(f"a message of {length} bytes; {MOST_BYTES} are the most")
+            end = start + _LENGTH.size + length
+            if len(unread) < end:
+                break
+            try:
+                messages.append(self._decoder.decode(bytes(unread[start + _LENGTH.size : end])))
+            except msgspec.DecodeError as error:
+                raise CommError(f"not a message: {error}") from error
+            start = end
+        del unread[:start]
+        return messages

@@ -222,8 +222,10 @@ def doctor(as_json: AsJson = False, *, runtime: dict[str, Any]) -> None:
             print(printable(line))
 
 
-import moe_serve.plan_verb  # noqa: E402 - its verb comes after those above
-import moe_serve.study_verbs  # noqa: E402, F401 - and its verbs after that
+import moe_serve.load_verb  # noqa: E402 - its verb comes after those above
+import moe_serve.plan_verb  # noqa: E402 - and so for these
+import moe_serve.serve_verb  # noqa: E402
+import moe_serve.study_verbs  # noqa: E402, F401
 
 
 def _print_stream(llm: LLM, prompt: Any, params: SamplingParams) -> RequestOutput:

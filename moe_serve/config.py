@@ -200,6 +200,13 @@ class ExpertsConfig:
     record_trace: str | None = field(
         default=None, metadata={"help": "Record every token's experts in this .npz file."}
     )
+    enable_return_routed_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "Requests may ask for the experts of each of their tokens "
+            "(return_routed_experts): 2 bytes for each token, layer and expert of a token."
+        },
+    )
     emulate_link: float | None = field(
         default=None,
         metadata={
@@ -360,9 +367,13 @@ class EngineConfig:
 
     def options(self) -> dict[str, Any]:
         """Return every leaf by name: what `from_options` makes this of."""
-        return {
-            leaf.name: getattr(getattr(self, leaf.branch), leaf.name) for leaf in option_fields()
-        }
+        return options_of(self)
+
+
+def options_of(tree: Any) -> dict[str, Any]:
+    """Return every leaf of a tree by name."""
+    leaves = option_fields(type(tree))
+    return {leaf.name: getattr(getattr(tree, leaf.branch), leaf.name) for leaf in leaves}
 
 
 def build_branches(tree: type, options: Mapping[str, Any]) -> dict[str, Any]:

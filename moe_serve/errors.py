@@ -7,7 +7,7 @@
     +-- CheckpointError             a model folder that is missing, broken or unknown; exit code 3
     +-- TraceError                  a file of routing, or of what was learned from it; exit code 3
     +-- StoreError                  expert records that cannot be read or written; exit code 3
-    +-- CommError                   ranks that disagree or do not answer; exit code 3
+    +-- CommError                   ranks, or a server, that disagree or do not answer; exit code 3
 
 Every message names the value seen, the limit, and the way out. Our own mistakes are assertions.
 """
@@ -59,7 +59,7 @@ class StoreError(MoeServeError):
 
 
 class CommError(MoeServeError):
-    """Ranks that disagree, or one that does not answer."""
+    """Ranks that disagree, or one, or a server, that does not answer."""
 
     exit_code = 3
 

@@ -406,7 +406,8 @@ class LLM:
             if served.state.update(step, now_s):
                 with HeldInterrupt():
                     self.engine.stop(step.request_id, step.index)
-            served.notify()
+            if step.token_ids or step.finish_reason is not None:
+                served.notify()
 
 
 class _Served:

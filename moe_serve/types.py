@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,12 @@ MIN_TOP_P = 1e-9
 
 _MAY_BE_NONE = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
 _TEXT_LISTS = ("stop", "bad_words")
+_FLAGS = (
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "return_routed_experts",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +45,8 @@ class SamplingParams:
     (seed, position, token id), so the same request gives the same tokens in any batch.
     `temperature=0` is greedy. `top_k=0` and `-1` mean all tokens. `max_tokens=None` means up to the
     model's context. One string for `stop` or `bad_words` is a list of one. NumPy's numbers are read
-    too; all are kept as Python's own. Raises RequestError, naming field, value and range.
+    too; all are kept as Python's own. return_routed_experts needs the engine's option
+    `enable_return_routed_experts`. Raises RequestError, naming field, value and range.
     """
 
     n: int = 1
@@ -62,6 +70,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
         checked = {**self._checked_numbers(), **self._checked_lists()}
@@ -71,7 +80,7 @@ class SamplingParams:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}"
             )
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        for name in _FLAGS:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise RequestError(f"{name} is {_shown(value)}; it must be true or false")
@@ -248,14 +257,37 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class RoutedExperts(msgspec.Struct, frozen=True, gc=False):
+    """The experts of some consecutive tokens of a sequence, in the order of each one's routing.
+
+    first: the position of the first of them. ids: int16 of `shape` [num_tokens, num_moe_layers,
+    top_k], row by row.
+    """
+
+    first: int
+    ids: bytes
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, first: int, ids: np.ndarray[Any, Any]) -> RoutedExperts:
+        num_tokens, num_layers, top_k = ids.shape
+        return cls(first, ids.astype(np.int16).tobytes(), (num_tokens, num_layers, top_k))
+
+    def array(self) -> np.ndarray[Any, Any]:
+        """Return the ids, int16 [num_tokens, num_moe_layers, top_k]; read only."""
+        return np.frombuffer(self.ids, np.int16).reshape(self.shape)
+
+
 class StepOutput(msgspec.Struct, frozen=True, gc=False):
     """What one step gave to output `index` of a request.
 
     A Struct, not a dataclass: thousands are made in a step, and the collector need not see them.
 
-    token_ids: the new ones ([] only when it ended without one). finish_reason is None while it
-    goes on. prompt_logprobs comes once, with the first output of index 0: an entry for each prompt
-    token, None for the first. error says why, when finish_reason is "error".
+    token_ids: the new ones ([] when it ended without one; see also routed_experts). finish_reason
+    is None while it goes on. prompt_logprobs comes once, with the first output of index 0: an entry
+    for each prompt token, None for the first. error says why, when finish_reason is "error".
+    routed_experts, where asked for: of the tokens that ran in this step; of a prompt that is not
+    computed yet, without a token. Output 0 has those of the prompt, and they are those of all.
     """
 
     request_id: str
@@ -266,6 +298,7 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: str | None = None
     num_cached_tokens: int = 0
+    routed_experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +398,12 @@ class CacheGroup:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One of a request's n outputs, as vLLM names it."""
+    """One of a request's n outputs, as vLLM names it.
+
+    routed_experts: with `return_routed_experts`, of every token of prompt and output but the last,
+    which is never run; None before the first token. Of an output that was aborted or has failed: of
+    the tokens before the last one that came.
+    """
 
     index: int
     text: str
@@ -373,6 +411,7 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason | None
     error: str | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import typer
 from moe_serve import plugin
 from moe_serve.config import EngineConfig, OptionField, option_fields, resolve_options
 from moe_serve.errors import ConfigError, MoeServeError, RequestError
+from moe_serve.server.options import ServerConfig
 
 if TYPE_CHECKING:
     from moe_serve.llm import LLM
@@ -81,13 +82,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure how fast a model runs here.", rich_markup_mode=None)
+bench = typer.Typer(help="Measure how fast a model runs here, or a server.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 
-def _engine_parameter(leaf: OptionField) -> inspect.Parameter:
+def _tree_parameter(leaf: OptionField) -> inspect.Parameter:
     flag = leaf.flag or f"--{leaf.name.replace('_', '-')}"
     if leaf.kind is bool:
         flag = f"{flag}/--no-{flag[2:]}"
@@ -109,7 +110,7 @@ def _option(name: str, kind: Any, flag: str, text: str) -> inspect.Parameter:
 
 def _engine_parameters() -> Iterator[inspect.Parameter]:
     for leaf in option_fields():
-        yield _engine_parameter(leaf)
+        yield _tree_parameter(leaf)
     yield _option("config", Path, "--config", "A TOML file of these options.")
 
 
@@ -122,7 +123,7 @@ def _sampling_parameters(without: Container[str]) -> Iterator[inspect.Parameter]
 def verb_of(
     group: typer.Typer, without: Container[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a verb; its parameters `engine`, `runtime`, `sampling` stand for all flags of their kind.
+    """Add a verb; parameters `engine`, `runtime`, `sampling`, `server` stand for all such flags.
 
     without: sampling flags that the verb has no use for.
     """
@@ -132,6 +133,7 @@ def verb_of(
             "engine": list(_engine_parameters()),
             "runtime": [p for p in _engine_parameters() if p.name in RUNTIME_FLAGS],
             "sampling": list(_sampling_parameters(without)),
+            "server": [_tree_parameter(leaf) for leaf in option_fields(ServerConfig)],
         }
         own = inspect.signature(function, eval_str=True).parameters
         parameters: list[inspect.Parameter] = []
@@ -195,6 +197,7 @@ def load(
     import dataclasses
 
     from moe_serve.launch.coordinator import RankedEngine  # imports torch
+    from moe_serve.launch.lasting import LastingEngine
     from moe_serve.llm import LLM
     from moe_serve.types import SamplingParams
 
@@ -208,7 +211,7 @@ def load(
     if not llm.is_first_rank:  # it works for rank 0 until that has ended
         _close_all()
         raise typer.Exit
-    if isinstance(llm.engine, RankedEngine):
+    if isinstance(llm.engine, RankedEngine | LastingEngine):
         note(llm.engine.about)
     return llm, dataclasses.replace(llm.default_sampling_params(), **given)
 

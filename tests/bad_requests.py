@@ -55,6 +55,7 @@ BAD_SAMPLING: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("ignore_eos text", {"ignore_eos": "x"}, ("ignore_eos is 'x'", "true or false")),
     ("include stop 1", {"include_stop_str_in_output": 1}, ("include_stop_str_in_output is 1",)),
     ("skip none", {"skip_special_tokens": None}, ("skip_special_tokens is None", "true or")),
+    ("routed experts 1", {"return_routed_experts": 1}, ("return_routed_experts is 1", "true or")),
     ("bad word empty", {"bad_words": [""]}, ("bad_words holds ''", "not empty")),
     ("unknown", {"temprature": 1.0}, ("temprature", "did you mean 'temperature'")),
 )  # fmt: skip

@@ -6,12 +6,13 @@ import socket
 import struct
 import threading
 
+import numpy as np
 import pytest
 
-from moe_serve.errors import CapacityError, CommError
 from moe_serve.channel import MOST_BYTES, Channel, Closed
+from moe_serve.errors import CapacityError, CommError
 from moe_serve.launch.messages import Abort, Add, Beat, Call, Failure, Release, Reply
-from moe_serve.types import Request, SamplingParams, StepOutput, TokenLogprobs
+from moe_serve.types import Request, RoutedExperts, SamplingParams, StepOutput, TokenLogprobs
 
 
 def pair() -> tuple[Channel[Call], socket.socket]:
@@ -31,6 +32,7 @@ def test_a_request_arrives_as_it_was() -> None:
         stop_token_ids=(4,),
         allowed_token_ids=[1, 2],
         temperature=0.3,
+        return_routed_experts=True,
     )
     request = Request(
         request_id="x\n",
@@ -56,8 +58,13 @@ def test_outputs_keep_every_bit_of_a_logprob() -> None:
     receiver: Channel[Reply] = Channel(theirs, Reply)
     logprob = TokenLogprobs(3, -0.1 - 2**-52, 2, ((1, -1e-300), (2, float("-inf"))))
     output = StepOutput("r", 0, (3,), (logprob,), "stop", (None, logprob))
-    sender.send(Reply((output,)))
-    assert receiver.receive().outputs == (output,)
+    experts = RoutedExperts.of(7, np.arange(12, dtype=np.int16).reshape(2, 3, 2))
+    routed = StepOutput("r", 0, (3,), routed_experts=experts)
+    sender.send(Reply((output, routed)))
+    received = receiver.receive().outputs
+    assert received == (output, routed)
+    assert received[1].routed_experts is not None
+    np.testing.assert_array_equal(received[1].routed_experts.array(), experts.array())
     sender.close()
     receiver.close()
 

@@ -66,7 +66,7 @@ def rank_engine(llm: LLM) -> LockstepEngine:
     if isinstance(engine, RankedEngine):
         local = engine._links[0]
         assert isinstance(local, LocalLink)
-        return local._worker.engine
+        engine = local._worker.engine
     assert isinstance(engine, LockstepEngine)
     return engine
 

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.ranks.cases import random_placement
 from benchmarks.results import Row, recorded_command, write_results
 from moe_serve.experts.placement.base import Mesh
-from moe_serve.launch.coordinator import RankedEngine
+from moe_serve.launch.lasting import LastingEngine
 from moe_serve.llm import LLM
 from moe_serve.types import Request, SamplingParams
 
@@ -96,7 +96,7 @@ def moves(size: int, rounds: int) -> list[Row]:
     moved: list[float] = []
     with make(size) as llm:
         engine = llm.engine
-        assert isinstance(engine, RankedEngine)
+        assert isinstance(engine, LastingEngine)
         sampling = SamplingParams(max_tokens=110, temperature=0.0, ignore_eos=True)
         number = 0
 

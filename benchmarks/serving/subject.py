@@ -72,7 +72,7 @@ def bare_app(step_s: float) -> FastAPI:
 async def front_app(path: Path) -> FastAPI:
     """Return the front end of the engine at `path`."""
     texts = ModelTexts.read(DEMO, VOCAB_SIZE)
-    client = EngineClient("t", texts.tokenizer)
+    client = EngineClient(texts.tokenizer)
     await asyncio.get_running_loop().create_unix_connection(lambda: client, str(path))
     await client.wait_until_welcome()
 

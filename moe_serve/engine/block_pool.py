@@ -29,6 +29,16 @@ class BlockPool:
         self._kept: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
+    def num_free(self) -> int:
+        """How many blocks hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_kept(self) -> int:
+        """How many blocks are held by nobody and can still be found."""
+        return len(self._kept)
+
+    @property
     def num_available(self) -> int:
         """How many blocks `allocate` can give now: free and kept."""
         return len(self._free) + len(self._kept)

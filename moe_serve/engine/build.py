@@ -131,7 +131,8 @@ def _engine(
         for count, group in zip(num_blocks, model.groups, strict=True)
     )
     runner_type = ModelRunner if rank is None else LockstepRunner
-    runner = runner_type(model, kv, num_blocks, sampler, config.runtime.fused)
+    may_return_routing = config.experts.enable_return_routed_experts
+    runner = runner_type(model, kv, num_blocks, sampler, config.runtime.fused, may_return_routing)
     build = Engine if rank is None else functools.partial(LockstepEngine, rank)
     return build(
         config,

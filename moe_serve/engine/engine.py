@@ -13,36 +13,66 @@ from moe_serve.engine.scheduler import Scheduler
 from moe_serve.engine.sequence import ScheduledStep
 from moe_serve.errors import CapacityError, CommError, ConfigError, MoeServeError, RequestError
 from moe_serve.experts.offload import OffloadedExperts
+from moe_serve.experts.placement.base import Array, Placement
 from moe_serve.experts.rank_experts import RankExperts
 from moe_serve.models.spec import ModelSpec
-from moe_serve.types import Request, StepOutput
+from moe_serve.types import FinishReason, Request, StepOutput
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """Counts since the engine was built; sizes in bytes. experts: {} where all are held.
+    """Counts since the engine was built, but for what is so now; sizes in bytes.
 
-    ranks: of each, where there are several; the other counts are then those of all. The first has
-    what came of looking for better placements.
+    num_steps, step_tokens, num_prompt_tokens, num_generation_tokens, num_finished: see `Counts`.
+    prefix_query_tokens, prefix_hit_tokens: looked for, and found, in the prefix cache. num_waiting,
+    num_running: sequences now, of the latter max_num_seqs at most. num_kv_blocks: of each cache
+    group, and of these, now: num_free_kv_blocks hold nothing, num_cached_kv_blocks are held by
+    nobody and kept for their prefix, the others are held by sequences.
+
+    expert_layers: the model's numbers of its MoE layers. expert_uses: for each of these, how many
+    rows each expert was given, [num_experts]; on ranks each row counts once, where it was computed.
+    resident: likewise 1 for those that are in memory now, on any rank, and 0; [] where all are.
+    experts: {} where all are held. ranks: of each, where there are several; the other counts are
+    then those of all. The first has what came of looking for better placements. rank_imbalance: of
+    the last 1,000 steps or so, the rows that the busiest rank's experts were given, over the mean.
     """
 
+    num_steps: int
+    step_tokens: int
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    num_finished: dict[FinishReason, int]
     num_preemptions: int
+    prefix_query_tokens: int
     prefix_hit_tokens: int
     num_waiting: int
     num_running: int
+    max_num_seqs: int
+    num_kv_blocks: list[int]
+    num_free_kv_blocks: list[int]
+    num_cached_kv_blocks: list[int]
     model_bytes: int
     kv_bytes: int
+    expert_layers: list[int] = field(default_factory=list)
+    expert_uses: list[list[int]] = field(default_factory=list)
+    resident: list[list[int]] = field(default_factory=list)
     experts: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
+    rank_imbalance: float | None = None
 
 
 class Engine:
     """Runs requests of one model, batched, each as if it ran alone.
 
-    Made by `engine.build.build_engine`. Not for use by several threads at once.
+    Made by `engine.build.build_engine`. Not for use by several threads at once. What only one rank
+    of several has, `LockstepEngine` adds; alone, nothing is ever placed anew.
     """
+
+    placement: Placement | None = None
+    num_idle_steps = num_moved = bytes_moved = 0
+    moving_s = 0.0
 
     def __init__(
         self,
@@ -70,10 +100,13 @@ class Engine:
         """Admit a request, or refuse it at once: RequestError or CapacityError."""
         self._refuse_if_closed()
         check_ids(request, self.spec.vocab_size)
+        check_routed_experts(request, self.config, self.spec)
         self.scheduler.add(request)
 
-    def step(self) -> list[StepOutput]:
+    def step(self, move_bytes: int = 0) -> list[StepOutput]:
         """Give every scheduled sequence its next token; [] when there is nothing to do.
+
+        move_bytes: see `LockstepEngine`; there is nothing to move here.
 
         A step that cannot be run (out of memory, say) ends the outputs that took part in it with
         an error, and all others go on. An interrupt loses nothing: its step is run again.
@@ -110,14 +143,30 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def stats(self) -> EngineStats:
+        scheduler, experts = self.scheduler, self.runner.model.experts
+        counts, pools = scheduler.counts, scheduler.kv.pools
+        layers = sorted(experts.layers)
         return EngineStats(
-            num_preemptions=self.scheduler.num_preemptions,
-            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
-            num_waiting=self.scheduler.num_waiting,
-            num_running=self.scheduler.num_running,
+            num_steps=counts.num_steps,
+            step_tokens=counts.step_tokens,
+            num_prompt_tokens=counts.num_prompt_tokens,
+            num_generation_tokens=counts.num_generation_tokens,
+            num_finished=dict(counts.num_finished),
+            num_preemptions=scheduler.num_preemptions,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            max_num_seqs=self.config.scheduler.max_num_seqs,
+            num_kv_blocks=[pool.num_blocks for pool in pools],
+            num_free_kv_blocks=[pool.num_free for pool in pools],
+            num_cached_kv_blocks=[pool.num_kept for pool in pools],
             model_bytes=self._model_bytes,
             kv_bytes=self._kv_bytes,
-            experts=self.runner.model.experts.report(),
+            expert_layers=layers,
+            expert_uses=[experts.layers[layer].uses.tolist() for layer in layers],
+            resident=experts.resident(),
+            experts=experts.report(),
         )
 
     def resize_expert_cache(self, slots_per_layer: int) -> None:
@@ -144,6 +193,33 @@ class Engine:
             )
         experts.resize(shape)
         self._model_bytes += more
+
+    def place(self, placement: Placement) -> None:
+        """Refuse, with ConfigError: one process holds all experts."""
+        raise ConfigError("there is one process, which holds all experts: nothing can be placed")
+
+    def recent_routing(self) -> tuple[Array, Array]:
+        """Refuse, with ConfigError: nothing is kept of what tokens used."""
+        raise ConfigError("the latest routing is kept on several ranks only")
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether experts are on their way to where another placement has them."""
+        return False
+
+    @property
+    def epoch(self) -> int:
+        """How often a layer of experts was placed anew."""
+        return 0
+
+    @property
+    def pairs_computed(self) -> int:
+        """How many (token, expert) pairs came to this rank's experts: 0, for nothing travels."""
+        return 0
+
+    def steps_by_dispatcher(self) -> dict[str, int]:
+        """Return in how many steps tokens travelled by each dispatcher: {}, for they do not."""
+        return {}
 
     def _available_bytes(self) -> int:
         return available_bytes()
@@ -176,3 +252,16 @@ def check_ids(request: Request, vocab_size: int) -> None:
             raise RequestError(
                 f"{name} holds token id {wrong}; the model has ids 0 to {vocab_size - 1}"
             )
+
+
+def check_routed_experts(request: Request, config: EngineConfig, spec: ModelSpec) -> None:
+    """Refuse a request for the experts of its tokens where there are none, or it is not enabled."""
+    if not request.sampling.return_routed_experts:
+        return
+    if not any(layer.moe is not None for layer in spec.layers):
+        raise RequestError("return_routed_experts: the model is dense, it routes nothing")
+    if not config.experts.enable_return_routed_experts:
+        raise RequestError(
+            "return_routed_experts: this engine does not keep them; build it with "
+            "enable_return_routed_experts"
+        )

@@ -89,22 +89,34 @@ class KVCacheManager:
             return needed
         return min(needed, self.num_blocks_of(window - 1 + max_chunk) + 1)
 
+    def num_searched(self, sequence: RunningSequence) -> int:
+        """Return how many of a waiting sequence's first tokens may be found in the cache.
+
+        All but one, which is left to compute. None while the logprobs of the prompt are still
+        wanted, which need every token computed. Where the tokens' experts are wanted, only those
+        whose experts are known already: others' blocks do not tell theirs.
+        """
+        if self._prefixes is None:
+            return 0
+        wants_prompt = sequence.request.sampling.prompt_logprobs is not None and sequence.index == 0
+        if wants_prompt and len(sequence.prompt_logprobs) < sequence.num_prompt_tokens:
+            return 0
+        most = len(sequence.token_ids) - 1
+        return most if sequence.routing is None else min(most, sequence.routing.num_tokens)
+
     def find_prefix(self, sequence: RunningSequence) -> list[PrefixNode]:
         """Return the longest cached prefix of a waiting sequence, block by block; changes nothing.
 
-        At least one token is left to compute. Full groups must have all of its blocks, sliding ones
-        those that a query after it can see. Empty while the logprobs of the prompt are still
-        wanted: they need every token computed.
+        Of `num_searched` tokens at most. Full groups must have all of its blocks, sliding ones
+        those that a query after it can see.
         """
-        if self._prefixes is None:
-            return []
-        wants_prompt = sequence.request.sampling.prompt_logprobs is not None and sequence.index == 0
-        if wants_prompt and len(sequence.prompt_logprobs) < sequence.num_prompt_tokens:
+        num_searched = self.num_searched(sequence)
+        if self._prefixes is None or not num_searched:
             return []
         node = self._prefixes.root(sequence.request.cache_salt)
         tokens, size = sequence.token_ids, self.block_size
         chain: list[PrefixNode] = []
-        for start in range(0, len(tokens) - size, size):
+        for start in range(0, num_searched - size + 1, size):
             if node is None:
                 break
             node = self._prefixes.find(node, tuple(tokens[start : start + size]))

@@ -68,8 +68,6 @@ class LockstepEngine(Engine):
         self._world = rank.world
         self._num_here = rank.num_here
         self._mover: Mover | None = None
-        self.num_moved = self.bytes_moved = self.num_idle_steps = 0
-        self.moving_s = 0.0
         self._num_shared = 0
 
     def step(self, move_bytes: int = 0) -> list[StepOutput]:
@@ -102,14 +100,20 @@ class LockstepEngine(Engine):
 
     @property
     def is_moving(self) -> bool:
-        """Whether experts are on their way to where another placement has them."""
+        """As `Engine.is_moving`."""
         return self._mover is not None
 
     @property
     def epoch(self) -> int:
-        """How often a layer of experts was placed anew."""
+        """As `Engine.epoch`."""
         dispatcher = self.runner.model.dispatcher
         return dispatcher.layout.epoch if isinstance(dispatcher, Progress) else 0
+
+    @property
+    def pairs_computed(self) -> int:
+        """How many (token, expert) pairs this rank's experts were given; 0 of a dense model."""
+        experts = self.runner.model.experts
+        return experts.pairs_computed if isinstance(experts, RankExperts) else 0
 
     def steps_by_dispatcher(self) -> dict[str, int]:
         """Return in how many steps tokens travelled by each dispatcher; {} of a dense model."""

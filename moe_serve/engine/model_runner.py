@@ -5,6 +5,8 @@ Knows block tables and caches, not who waits or why.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,21 +31,30 @@ class ModelRunner:
         num_blocks: tuple[int, ...],
         sampler: Sampler,
         is_fused: bool = True,
+        may_return_routing: bool = False,
     ) -> None:
-        """is_fused: run the forward pass as one call, where the kernels have that."""
+        """is_fused: run the forward pass as one call, where the kernels have that.
+
+        may_return_routing: whether there may be requests that ask for their tokens' experts.
+        """
         self.model = model
         self._kv = kv
         self._block_size = kv.block_size
         self._sampler = sampler
         self._caches = model.allocate_caches(num_blocks, kv.block_size)
         self._fused = model.fused(self._caches) if is_fused else None
+        self._may_return_routing = may_return_routing
+        self._moe_layers = torch.tensor(sorted(model.experts.layers), dtype=torch.int64)
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> SamplerOutput:
         """Give each of `step.sampled` its next token."""
         self._copy_blocks(step.block_copies)
         batch = build_batch(step, self._kv.tables, self._block_size)
-        hidden = self._forward(batch)  # [num_tokens, hidden_size]
+        wanting: list[int] = []
+        if self._may_return_routing:
+            wanting = [index for index, one in enumerate(step.sequences) if one.routing is not None]
+        hidden, ids = self._forward(batch, bool(wanting))  # [num_tokens, hidden_size]
         if step.sampled:
             logits = self.model.logits(hidden[batch.sample_rows])
             output = self._sampler.sample(logits, step.sampled)
@@ -51,13 +62,33 @@ class ModelRunner:
             output = SamplerOutput([])
         output.sequence_errors.update(_not_finite(step, hidden))
         output.prompt_logprobs.update(self._prompt_logprobs(step, hidden))
+        if ids is not None:
+            output.routed_experts.update(self._routed_experts(step, ids, wanting))
         return output
 
-    def _forward(self, batch: ForwardBatch) -> Tensor:
-        with self.model.experts.step(batch) as watcher:
+    def _forward(self, batch: ForwardBatch, is_noted: bool) -> tuple[Tensor, Tensor | None]:
+        """Run the model; return its rows and, where asked for, which experts the tokens used.
+
+        These are int64 [num_layers, num_tokens, top_k]; see `Watcher`.
+        """
+        with self.model.experts.step(batch, is_noted) as watcher:
             if self._fused is not None:
-                return self._fused(batch, watcher)
-            return self.model.forward(batch, self._caches)
+                hidden = self._fused(batch, watcher)
+            else:
+                hidden = self.model.forward(batch, self._caches)
+            return hidden, watcher.ids if is_noted and watcher is not None else None
+
+    def _routed_experts(
+        self, step: ScheduledStep, ids: Tensor, wanting: list[int]
+    ) -> dict[int, np.ndarray[Any, Any]]:
+        """Return, for those of the step's sequences that want them, their tokens' experts."""
+        ends = np.cumsum(step.query_lens)
+        found = {}
+        for index in wanting:
+            end = int(ends[index])
+            rows = ids[self._moe_layers, end - step.query_lens[index] : end]
+            found[index] = rows.transpose(0, 1).to(torch.int16).contiguous().numpy()
+        return found
 
     def _copy_blocks(self, copies: tuple[list[tuple[int, int]], ...]) -> None:
         """Copy blocks within the caches (copy on write); a step's sources are never its targets."""

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from itertools import chain
 
 from moe_serve.engine.admission import checked_end_length
+from moe_serve.engine.counts import Counts
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.policies.base import Policy
+from moe_serve.engine.routed_outputs import routed_of, with_routed
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep, Sequence
 from moe_serve.errors import RequestError
 from moe_serve.types import FinishReason, Request, StepOutput, TokenLogprobs
@@ -56,8 +58,8 @@ class Scheduler:
         step; None: as many as the step has. max_model_len: the most tokens of prompt and output
         together. clock: seconds, for the policy. admission_horizon: a prompt is admitted only when
         every running sequence can still grow by so many tokens: less recomputing later.
-    num_preemptions, prefix_hit_tokens: counts since the start; the latter are the tokens that
-    admitted sequences (preempted ones too) found in the cache.
+    counts: since the start, and so num_preemptions, prefix_query_tokens and prefix_hit_tokens: the
+    tokens that admitted sequences (preempted ones too) looked for, and found, in the cache.
     """
 
     def __init__(
@@ -89,8 +91,14 @@ class Scheduler:
         self._step = 0
         self._num_step_decodes = 0
         self._refused: tuple[Sequence, int] | None = None  # and num_changes when it did not fit
+        self.counts = Counts()
         self.num_preemptions = 0
+        self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
+
+    @property
+    def kv(self) -> KVCacheManager:
+        return self._kv
 
     @property
     def has_unfinished(self) -> bool:
@@ -134,6 +142,10 @@ class Scheduler:
         live = self._requests.get(request_id)
         if live is None:
             return False
+        first = live.sequences.get(0)
+        if first is not None and not first.num_output_tokens and not first.request.is_resumed:
+            num_unborn = first.request.sampling.n - len(live.sequences)  # that it would have had
+            self.counts.num_finished["abort"] += num_unborn
         for sequence in tuple(live.sequences.values()):
             self._end(sequence, "abort")
         self._drop_ended()
@@ -241,6 +253,7 @@ class Scheduler:
             self._refused = (sequence, kv.num_changes)
             return False
         del self._waiting[0]
+        self.prefix_query_tokens += kv.num_searched(sequence)
         kv.admit(sequence, prefix)
         sequence.state = "running"
         self._prompts.append(sequence)
@@ -302,6 +315,8 @@ class Scheduler:
         Rows that failed end with finish_reason "error" and are reported first.
         """
         assert step.step == self._step, f"step {step.step} finished, {self._step} runs"
+        self.counts.add(step, self._num_step_decodes)
+        routed = routed_of(step, output) if output.routed_experts else {}
         num_ended = self._num_ended
         outputs: list[StepOutput] = []
         for index, error in output.sequence_errors.items():
@@ -310,8 +325,12 @@ class Scheduler:
         self._finish_chunks(step, output, failed)
         for index, error in output.errors.items():
             self._fail_output(step.sampled[index], error, outputs)
+        num_failed = len(outputs)
         self._finish_decodes(step, output, outputs)
         self._finish_prompts(step, output, outputs)
+        self.counts.num_generation_tokens += len(outputs) - num_failed
+        if routed:
+            outputs = with_routed(outputs, routed)
         if self._num_ended > num_ended:
             self._drop_ended()
         return outputs
@@ -386,6 +405,7 @@ class Scheduler:
                     request.request_id, index, (), finish_reason="error", error=error
                 )
                 outputs.append(unborn)
+                self.counts.num_finished["error"] += 1
 
     def _fail_output(self, sequence: Sequence, error: str, outputs: list[StepOutput]) -> None:
         if sequence.state == "finished":
@@ -483,6 +503,7 @@ class Scheduler:
         sequence.state = "finished"
         sequence.finish_reason = reason
         self._num_ended += 1
+        self.counts.num_finished[reason] += 1
         request_id = sequence.request.request_id
         live = self._requests[request_id]
         del live.sequences[sequence.index]

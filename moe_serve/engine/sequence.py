@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+
+from moe_serve.engine.routing_log import RoutingLog
 from moe_serve.types import FinishReason, Request, TokenLogprobs
 
 SequenceState = Literal["waiting", "running", "finished"]
@@ -20,8 +23,9 @@ class Sequence:
 
     token_ids: prompt and output in one list. num_computed_tokens: how many of them have their keys
     and values in the cache. number: no other sequence has it. row: its row in the block tables of
-    `KVCacheManager` while it runs, else -1. `seed` is the base of its noise; all of its sampling is
-    a function of the request, the index and the tokens before.
+    `KVCacheManager` while it runs, else -1. routing: of its tokens, where that is asked for. `seed`
+    is the base of its noise; all of its sampling is a function of the request, the index and the
+    tokens before.
     """
 
     __slots__ = (
@@ -34,6 +38,7 @@ class Sequence:
         "number",
         "prompt_logprobs",
         "request",
+        "routing",
         "row",
         "seed",
         "state",
@@ -53,6 +58,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.routing = RoutingLog() if request.sampling.return_routed_experts else None
         self.row = -1
         self.state: SequenceState = "waiting"
         self.finish_reason: FinishReason | None = None
@@ -103,6 +109,8 @@ class SamplerOutput:
         sampled or not), by its index in `sequences`: nothing that it computed may be used again.
     prompt_logprobs: for the indices into `sequences` whose requests ask for them: the logprobs of
         the prompt tokens *after* each token that ran (the last prompt token has none after it).
+    routed_experts: for the indices into `sequences` whose requests ask for them: int16 [query_len,
+        num_moe_layers, top_k].
     """
 
     token_ids: list[int]
@@ -110,3 +118,4 @@ class SamplerOutput:
     errors: dict[int, str] = field(default_factory=dict)
     sequence_errors: dict[int, str] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    routed_experts: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)

@@ -71,6 +71,7 @@ class Running:
         self.state = state
         self.failure: Refused | Unavailable | None = None
         self.is_queued = True
+        self.last_s: float | None = None
         self._news = news or asyncio.Event()
 
     @property
@@ -94,14 +95,14 @@ class Running:
 class EngineClient(asyncio.Protocol):
     """The engine, as a front end sees it. All methods are for the event loop's thread.
 
-    on_drain: called when the host says to take nothing new; on_end: when the host is gone or has
-    failed, with the reason. max_queue_wait_s: refuse what would wait longer for its turn, as far as
-    the latest first tokens tell.
+    on_gap: told the seconds between two steps that gave a request tokens; on_tokens: how many
+    tokens a step gave. on_drain: called when the host says to take nothing new; on_end: when the
+    host is gone or has failed, with the reason. max_queue_wait_s: refuse what would wait longer for
+    its turn, as far as the latest first tokens tell.
     """
 
     def __init__(
         self,
-        token: str,
         tokenizer: Tokenizer | None = None,
         *,
         limits: Limits = DEFAULT_LIMITS,
@@ -109,7 +110,6 @@ class EngineClient(asyncio.Protocol):
         on_drain: Callable[[Drain], None] = lambda drain: None,
         on_end: Callable[[str], None] = lambda why: None,
     ) -> None:
-        self._token = token
         self._tokenizer = tokenizer
         self._limits = limits
         self._max_queue_wait_s = max_queue_wait_s
@@ -126,12 +126,15 @@ class EngineClient(asyncio.Protocol):
         self._first_tokens_s: deque[float] = deque()
         self._last_s = time.monotonic()
         self._welcomed = asyncio.Event()
+        self._closed = asyncio.Event()
         self.welcome: Welcome | None = None
         self.beat: Beat | None = None
         self.report: StatsReport | None = None
         self.num_queued = 0
         self.queued_tokens = 0
         self.is_draining = False
+        self.on_gap: Callable[[float], None] | None = None
+        self.on_tokens: Callable[[int], None] | None = None
         self.ended: str | None = None
 
     # -- what a front end asks ---------------------------------------------------------------------
@@ -207,6 +210,23 @@ class EngineClient(asyncio.Protocol):
         running.tell()
         return True
 
+    def cut(self, why: str) -> None:
+        """End all that runs with `Unavailable`, and have the engine drop it."""
+        for running in list(self._running.values()):
+            self.send(Cancel(running.request_id))
+            self._fail(running, why)
+
+    def give_up_silent(self) -> None:
+        """End all that runs: the host has given no sign of life for too long.
+
+        If it comes back it finds that nobody waits any more, and the next requests are served.
+        """
+        self.cut(f"the engine has given no sign of life for {self.silent_s:.0f} s")
+
+    async def wait_until_closed(self) -> None:
+        """Return when the host has closed the connection."""
+        await self._closed.wait()
+
     def finished_drain(self) -> None:
         """Tell the host that every answer was sent."""
         self.send(Drained())
@@ -234,7 +254,7 @@ class EngineClient(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._last_s = time.monotonic()
-        self.send(Join(self._token))
+        self.send(Join())
 
     def data_received(self, data: bytes) -> None:
         self._last_s = time.monotonic()
@@ -254,6 +274,7 @@ class EngineClient(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end("the connection to it was closed")
+        self._closed.set()
 
     def _take(self, message: ToFront) -> None:
         match message:
@@ -280,6 +301,8 @@ class EngineClient(asyncio.Protocol):
 
     def _update(self, outputs: tuple[Any, ...]) -> None:
         now_s = time.monotonic()
+        if self.on_tokens is not None:
+            self.on_tokens(sum(len(step.token_ids) for step in outputs))
         for step in outputs:
             running = self._running.get(step.request_id)
             if running is None:
@@ -287,6 +310,9 @@ class EngineClient(asyncio.Protocol):
             if running.is_queued:
                 self._dequeue(running)
                 self._first_tokens_s.append(now_s)
+            elif running.last_s is not None and running.last_s < now_s and self.on_gap is not None:
+                self.on_gap(now_s - running.last_s)
+            running.last_s = now_s
             if running.state.update(step, now_s):
                 self.send(StopOutput(step.request_id, step.index))
             if running.state.is_finished:
@@ -299,12 +325,13 @@ class EngineClient(asyncio.Protocol):
         self.ended = why
         self._welcomed.set()
         for running in list(self._running.values()):
-            running.failure = Unavailable(f"the engine was lost: {why}", retry_after_s=5)
-            self._forget(running)
-            running.tell()
-        if self._transport is not None:
-            self._transport.close()
+            self._fail(running, f"the engine was lost: {why}")
         self._on_end(why)
+
+    def _fail(self, running: Running, why: str) -> None:
+        running.failure = Unavailable(why, retry_after_s=5)
+        self._forget(running)
+        running.tell()
 
     # -- books -------------------------------------------------------------------------------------
 

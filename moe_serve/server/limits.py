@@ -15,9 +15,12 @@ class Limits:
 
     Of a connection: header_bytes, header_count and body_bytes of one request; header_s until its
     head is complete, body_s until its body is, idle_s between two requests, write_s for a client
-    that takes nothing of what is sent; connections at once.
-    Of the server: queue_requests that wait for their first token, and queue_tokens of their
-    prompts; request_s for a whole request.
+    that takes nothing of what is sent; small_chunks of fewer than 64 bytes that a chunked body may
+    have (each costs more to take apart than to send); send_buffer_bytes that the kernel may hold;
+    linger_s that a refused client has to read why. connections at once, and spare_connections
+    beyond them that only hear that there are too many.
+    Of the server: requests for tokens at once; queue_requests that wait for their first token, and
+    queue_tokens of their prompts; request_s for a whole request.
     Of one request: the others; prompt_ids of one prompt, parts of one message's content, variables
     of a chat template, and json_parts (names, objects, lists) of a whole body. error_bytes: of any
     answer that is an error.
@@ -30,7 +33,12 @@ class Limits:
     body_s: float = 30.0
     idle_s: float = 5.0
     write_s: float = 60.0
+    small_chunks: int = 1024
+    send_buffer_bytes: int = 256 * 2**10
+    linger_s: float = 2.0
     connections: int = 1024
+    spare_connections: int = 64
+    requests: int = 1024
     queue_requests: int = 256
     queue_tokens: int = 2**20
     request_s: float = 600.0

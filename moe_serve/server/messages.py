@@ -5,7 +5,7 @@ The front end has texts and connections, the host has the engine; neither waits 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -22,9 +22,7 @@ ErrorKind = Literal["request", "capacity", "engine"]
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """The first message of a front end. token: what it was given, so that nobody else connects."""
-
-    token: str
+    """The first message of a front end: it is there."""
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -106,7 +104,6 @@ class StatsReport(msgspec.Struct, frozen=True, tag=True):
     """What was counted, sent about once a second while there are steps, and once after them."""
 
     stats: EngineStats
-    options: dict[str, Any]
     num_resubmitted: int
     num_worlds_lost: int
 

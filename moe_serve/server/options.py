@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from moe_serve.config import build_branches
+from moe_serve.config import build_branches, options_of
 from moe_serve.errors import ConfigError
 from moe_serve.server.limits import DEFAULT_LIMITS, Limits
 
@@ -128,6 +128,10 @@ class ServerConfig:
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Build from leaf names and values; an unknown name or a wrong type is a ConfigError."""
         return cls(**build_branches(cls, options))
+
+    def options(self) -> dict[str, Any]:
+        """Return every leaf by name: what `from_options` makes this of."""
+        return options_of(self)
 
     @property
     def limits(self) -> Limits:

@@ -22,9 +22,9 @@ class _Silent:
 
 @contextmanager
 def progress_bar(
-    num_requests: int, *, num_done: int = 0, is_shown: bool | None = None
+    num_requests: int | None, *, num_done: int = 0, is_shown: bool | None = None
 ) -> Iterator[ProgressBar]:
-    """Give a bar for `num_requests`, of which some are done.
+    """Give a bar for `num_requests`, of which some are done; None: how many is not known.
 
     is_shown: None means when stderr is a terminal.
     """
@@ -65,7 +65,7 @@ def _is_wanted(is_shown: bool | None) -> bool:
 
 
 class _RichBar:
-    def __init__(self, num_requests: int, num_done: int) -> None:
+    def __init__(self, num_requests: int | None, num_done: int) -> None:
         from rich.console import Console  # a tenth of a second, and only a terminal needs it
         from rich.progress import (
             BarColumn,

@@ -7,6 +7,7 @@ One `RequestState` follows one request. Nothing here runs the engine; whoever do
 from __future__ import annotations
 
 from moe_serve.text.detokenizer import Detokenizer, make_detokenizer
+from moe_serve.text.output_routing import OutputRouting, PromptRouting
 from moe_serve.text.stop_strings import StopStrings
 from moe_serve.text.tokenizer import Tokenizer
 from moe_serve.types import (
@@ -24,7 +25,13 @@ from moe_serve.types import (
 class OutputState:
     """One of a request's n outputs so far. `text` is what may be shown: it never shrinks."""
 
-    def __init__(self, index: int, sampling: SamplingParams, detokenizer: Detokenizer | None):
+    def __init__(
+        self,
+        index: int,
+        sampling: SamplingParams,
+        detokenizer: Detokenizer | None,
+        routing: OutputRouting,
+    ) -> None:
         self.index = index
         self.text = ""
         self.token_ids: list[int] = []
@@ -35,9 +42,12 @@ class OutputState:
         self._detokenizer = detokenizer
         self._stop = StopStrings(sampling.stop)
         self._held = ""
+        self.routing = routing
 
     def update(self, step: StepOutput) -> bool:
         """Take in what a step gave; return True if a stop string ended the output here."""
+        if step.routed_experts is not None:
+            self.routing.keep(step.routed_experts)
         for position, token_id in enumerate(step.token_ids):
             self.token_ids.append(token_id)
             if step.logprobs:
@@ -84,6 +94,7 @@ class OutputState:
             logprobs=None if self._sampling.logprobs is None else tuple(self.logprobs),
             finish_reason=self.finish_reason,
             error=self.error,
+            routed_experts=self.routing.together() if self.token_ids else None,
         )
 
 
@@ -97,6 +108,7 @@ class RequestState:
         skips = sampling.skip_special_tokens
         self.request = request
         self.prompt = prompt
+        routing = PromptRouting(len(request.prompt_ids))
         self.outputs = [
             OutputState(
                 index,
@@ -104,6 +116,7 @@ class RequestState:
                 None
                 if tokenizer is None
                 else make_detokenizer(tokenizer, request.prompt_ids, skips),
+                OutputRouting(routing),
             )
             for index in range(sampling.n)
         ]

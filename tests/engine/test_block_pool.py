@@ -28,8 +28,10 @@ def test_a_block_is_free_only_when_its_last_holder_releases_it() -> None:
 
     pool.release(block)
     assert (pool.num_available, pool.free_blocks()) == (0, [])
+    assert (pool.num_free, pool.num_kept) == (0, 0)
     pool.release(block)
     assert pool.free_blocks() == [block]
+    assert (pool.num_free, pool.num_kept) == (1, 0)
     with pytest.raises(AssertionError, match="nobody holds it"):
         pool.release(block)
 

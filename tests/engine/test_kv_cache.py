@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.prefix_cache import hash_block
+from moe_serve.engine.routing_log import RoutingLog
 from moe_serve.engine.sequence import Sequence
 from moe_serve.errors import ConfigError
 from moe_serve.types import CacheGroup, CacheKind, Request, SamplingParams
@@ -185,6 +187,21 @@ def test_wanted_prompt_logprobs_are_not_read_from_the_cache() -> None:
     again = waiting(range(9), prompt_logprobs=0)
     again.prompt_logprobs = [None] * 9  # all known: only its tokens are computed again
     assert len(kv.find_prefix(again)) == 2
+
+
+def test_tokens_whose_experts_are_wanted_and_not_known_are_computed() -> None:
+    kv = manager()
+    sequence = waiting(range(13))
+    start(kv, sequence)
+    compute(kv, sequence)
+
+    asking = waiting(range(13))
+    asking.routing = RoutingLog()
+    assert (kv.num_searched(asking), kv.find_prefix(asking)) == (0, [])
+    asking.routing.new(0, np.zeros((7, 1, 1), np.int16))  # preempted within a block
+    assert (kv.num_searched(asking), len(kv.find_prefix(asking))) == (7, 1)
+    asking.routing.new(7, np.zeros((6, 1, 1), np.int16))
+    assert (kv.num_searched(asking), len(kv.find_prefix(asking))) == (12, 3)
 
 
 def test_without_prefix_caching_nothing_is_kept() -> None:

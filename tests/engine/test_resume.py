@@ -12,6 +12,7 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.engine import Engine
 from moe_serve.hub import embedded_model
+from moe_serve.text.request_output import RequestState
 from moe_serve.types import Request, SamplingParams, StepOutput
 
 PROMPTS = ((101, 7, 9, 2000, 13, 5), tuple(range(300, 340)), (5, 6, 7))
@@ -112,3 +113,27 @@ def test_penalties_and_least_lengths_count_the_tokens_of_before() -> None:
     second = run([part for r in given if (part := resumed(r, first)) is not None])
     for key, outputs in whole.items():
         assert tokens_of([*first[key], *second.get(key, [])]) == tokens_of(outputs)
+
+
+def test_experts_are_told_of_all_tokens_anew() -> None:
+    options = {"return_routed_experts": True, "n": 2}
+    given, enabled = requests(**options), {"enable_return_routed_experts": True}
+    whole = run(given, **enabled)
+    first = run(given, 7, **enabled)
+    rest = [part for request in given if (part := resumed(request, first)) is not None]
+    second = run(rest, num_kv_blocks=8, max_prefill_chunk=7, **enabled)
+    states = {request.request_id: RequestState(request) for request in given}
+    wanted = {request.request_id: RequestState(request) for request in given}
+    for key, outputs in whole.items():
+        told = [o.routed_experts for o in second[key] if o.routed_experts is not None]
+        assert told[0].first == 0
+        for output in (*first[key], *second[key]):
+            states[key[0]].update(output, 1.0)
+        for output in outputs:
+            wanted[key[0]].update(output, 1.0)
+    for request in given:
+        found, want = states[request.request_id].output(), wanted[request.request_id].output()
+        for one, undisturbed in zip(found.outputs, want.outputs, strict=True):
+            assert one.routed_experts is not None
+            assert one.routed_experts.shape[0] == len(request.prompt_ids) + 23
+            assert one.routed_experts == undisturbed.routed_experts

@@ -112,6 +112,22 @@ def test_a_fresh_expert_is_not_evicted_while_its_event_lasts() -> None:
     assert len(slots) == len(set(slots)) == 3
 
 
+def test_guesses_and_evictions_are_counted_by_layer() -> None:
+    shape = small_shape(2)
+    cache = ExpertCache(shape, lru.build(shape), top_k=2)
+    for expert in (0, 1):
+        assert cache.guess(1, expert) is not None
+        cache.loaded(1, expert)
+    assert cache.guess(1, 0) is None, "it is there"
+    cache.serve(0, 1, [0, 2])  # 0 came true, 1 gives way
+    cache.drop(1, 2)
+    issued = [0] * shape.num_layers
+    issued[1] = 2
+    assert cache.counters.per_layer()["issued"] == issued
+    assert cache.counters.per_layer()["evictions"] == issued
+    assert (cache.counters.total()["useful"], cache.counters.total()["wasted"]) == (1, 1)
+
+
 def test_too_few_slots_are_refused_with_the_number() -> None:
     shape = small_shape(1)
     with pytest.raises(CapacityError, match="at least expert_cache_slots 2"):

@@ -91,7 +91,8 @@ class Harness:
             num_layers=len(LAYERS), num_experts=NUM_EXPERTS, slots_per_layer=num_slots,
             total_slots=total,
         )  # fmt: skip
-        self.cache = ExpertCache(shape, lru.build(shape, None), TOP_K)
+        record_bytes = self.arena.record_bytes
+        self.cache = ExpertCache(shape, lru.build(shape, None), TOP_K, record_bytes=record_bytes)
         self.source = HostSource(self.arena.records)
         self.queue = TransferQueue(self.source, self.arena.slots, num_threads=2)
         slots = torch.from_numpy(self.cache.slot_of_expert)
@@ -303,6 +304,15 @@ def test_the_report_adds_up(make: Make) -> None:
     assert report["resident"] == [2, 3]
     assert (report["slots"], report["slots_per_layer"], report["num_experts"]) == (6, 3, 8)
     assert (report["events"], report["streamed_events"]) == (4, 1)
+    assert report["per_layer"]["evictions"] == [0, 3]
+    size = harness.arena.record_bytes
+    assert report["per_layer"]["bytes"] == report["per_layer"]["disk_bytes"] == [2 * size, 6 * size]
+    assert report["total"]["link_bytes"] == report["total"]["host_bytes"] == 0
+    assert harness.experts.resident() == [
+        [int(expert in harness.cache.residents(index)) for expert in range(NUM_EXPERTS)]
+        for index in range(len(LAYERS))
+    ]
+    assert [sum(layer) for layer in harness.experts.resident()] == [2, 3]
     assert report["union_over_capacity"] == pytest.approx((2 + 4 + 2 + 2) / 3 / 4)
 
 

@@ -4,7 +4,7 @@
 is in the same event loop, for tests that call an application directly. As a program it is a host in
 a process of its own:
 
-    python -m tests.server.fake_host SOCKET --token TOKEN [--step-s S] [--max-model-len N]
+    python -m tests.server.fake_host SOCKET [--step-s S] [--max-model-len N]
 """
 
 from __future__ import annotations
@@ -146,13 +146,12 @@ class FakeModel:
 class Session:
     """One front end's connection. `say` sends it a message."""
 
-    def __init__(self, model: FakeModel, token: str, say: Callable[[ToFront], None]) -> None:
+    def __init__(self, model: FakeModel, say: Callable[[ToFront], None]) -> None:
         self.model = model
         self.say = say
         self.has_joined = False
         self.is_drained = False
         self.state: EngineState = "serving"
-        self._token = token
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ended: set[tuple[str, int]] = set()
         self._emitted: list[StepOutput] = []
@@ -172,8 +171,7 @@ class Session:
 
     def _take(self, message: ToHost) -> None:
         match message:
-            case Join(token):
-                assert token == self._token
+            case Join():
                 self.welcome()
             case Start(request):
                 self.model.started.append(request)
@@ -255,11 +253,8 @@ class FakeHost:
     state: what its beats say. is_silent: it sends no beats.
     """
 
-    def __init__(
-        self, path: Path, model: FakeModel | None = None, *, token: str = "t", beat_s: float = 0.2
-    ) -> None:
+    def __init__(self, path: Path, model: FakeModel | None = None, *, beat_s: float = 0.2) -> None:
         self.path = path
-        self.token = token
         self.model = model or FakeModel()
         self.sessions: list[Session] = []
         self.state: EngineState = "serving"
@@ -340,9 +335,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         host = self._host
-        self._session = Session(
-            host.model, host.token, lambda message: self._transport.write(_framed(message))
-        )
+        self._session = Session(host.model, lambda message: self._transport.write(_framed(message)))
         host.sessions.append(self._session)
         host._open.add(self)
 
@@ -361,9 +354,9 @@ class _Connection(asyncio.Protocol):
 class _Looped:
     """A transport whose other end is a `Session` in whatever event loop runs."""
 
-    def __init__(self, client: EngineClient, model: FakeModel, token: str) -> None:
+    def __init__(self, client: EngineClient, model: FakeModel) -> None:
         self._client = client
-        self.session = Session(model, token, self._say)
+        self.session = Session(model, self._say)
 
     def _say(self, message: ToFront) -> None:
         data = _framed(message)
@@ -392,9 +385,9 @@ class InProcessClient(EngineClient):
         *,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        super().__init__("t", tokenizer, limits=limits)
+        super().__init__(tokenizer, limits=limits)
         self.model = model or FakeModel()
-        self.looped = _Looped(self, self.model, "t")
+        self.looped = _Looped(self, self.model)
         self._transport = cast(asyncio.Transport, self.looped)
         self.looped.session.welcome()
 
@@ -407,7 +400,7 @@ async def connect(
     host: FakeHost, tokenizer: Tokenizer | None = None, **options: Any
 ) -> EngineClient:
     """Return a client of `host`, which has said that it serves."""
-    client = EngineClient(host.token, tokenizer, **options)
+    client = EngineClient(tokenizer, **options)
     await asyncio.get_running_loop().create_unix_connection(lambda: client, str(host.path))
     await client.wait_until_welcome()
     while client.beat is None:
@@ -418,7 +411,6 @@ async def connect(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("socket", type=Path)
-    parser.add_argument("--token", default="t")
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--max-model-len", type=int, default=4096)
     options = parser.parse_args()
@@ -429,7 +421,7 @@ def main() -> None:
 
     model = FakeModel(script, options.max_model_len)
     with (
-        FakeHost(options.socket, model, token=options.token),
+        FakeHost(options.socket, model),
         contextlib.suppress(KeyboardInterrupt),
     ):
         threading.Event().wait()

@@ -6,11 +6,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_serve.text.request_output import RequestState
 from moe_serve.text.tokenizer import Tokenizer, load_tokenizer
-from moe_serve.types import FinishReason, Request, SamplingParams, StepOutput
+from moe_serve.types import FinishReason, Request, RoutedExperts, SamplingParams, StepOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 EOS = 0
@@ -133,6 +134,35 @@ def test_special_tokens_show_when_asked(tokenizer: Tokenizer) -> None:
 def test_times_are_since_arrival(tokenizer: Tokenizer) -> None:
     metrics = play(tokenizer, [41, 42, 43])[0].output().metrics
     assert (metrics.ttft_s, metrics.e2e_s) == (1.0, 3.0)
+
+
+def test_experts_of_tokens_are_put_together_and_may_come_again() -> None:
+    ids = np.arange(7 * 6, dtype=np.int16).reshape(7, 3, 2)
+    request = Request(request_id="r", prompt_ids=(41, 42, 43), sampling=SamplingParams(n=2))
+    state = RequestState(request)
+
+    def update(index: int, token: int | None, first: int, rows: list[int]) -> None:
+        routed = RoutedExperts.of(first, ids[rows])
+        tokens = () if token is None else (token,)
+        state.update(StepOutput("r", index, tokens, routed_experts=routed), 1.0)
+
+    def found() -> list[RoutedExperts | None]:
+        return [output.routed_experts for output in state.output().outputs]
+
+    update(0, None, 0, [0, 1])
+    assert found() == [None, None], "no token yet"
+    update(0, 5, 2, [2])
+    state.update(StepOutput("r", 1, (9,)), 1.0)
+    assert found() == [RoutedExperts.of(0, ids[:3])] * 2
+    update(0, 6, 3, [3])
+    update(1, 6, 3, [5])
+    assert found() == [RoutedExperts.of(0, ids[:4]), RoutedExperts.of(0, ids[[0, 1, 2, 5]])]
+    update(1, None, 0, [0, 1])  # it goes on elsewhere, and all is told anew
+    assert found()[0] == RoutedExperts.of(0, ids[:4])
+    update(1, 7, 2, [2, 5, 6])
+    assert found() == [RoutedExperts.of(0, ids[:4]), RoutedExperts.of(0, ids[[0, 1, 2, 5, 6]])]
+    with pytest.raises(AssertionError, match="missing"):
+        update(0, 8, 6, [6])
 
 
 def test_an_error_is_told_and_ends_the_request(tokenizer: Tokenizer) -> None:
