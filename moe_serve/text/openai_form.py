@@ -127,11 +127,11 @@ def read_body(
 
 def named_field(message: str, kind: Kind) -> str | None:
     """Return the field that an error of `read_body` is about: its message begins with it."""
-    found = re.match(r"(?:parameter '|the )?(\w+)", message)
+    found = re.match(r"(?:parameter '|the (?=prompt ))?(\w+)", message)
     name = found.group(1) if found else ""
     if name == "prompt":
         return "prompt" if kind == "completion" else "messages"
-    if message.startswith("chat template"):
+    if message.startswith(("chat template", "the model has no chat template")):
         return "messages"
     known = SAMPLING_FIELDS | OWN_FIELDS[kind] | SERVER_FIELDS
     return name if name in known or message.startswith("parameter '") else None
