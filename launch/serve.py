@@ -7,6 +7,7 @@ wait in the system's queue. Everything it starts ends with it.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.launch.environment import read_environment
 from moe_serve.launch.host import Host
 from moe_serve.launch.lasting import LastingEngine
-from moe_serve.launch.lifeline import Lifeline
+from moe_serve.launch.lifeline import Lifeline, hear_of_end
 from moe_serve.launch.open import open_served
 from moe_serve.launch.stats_line import StatsLine
 from moe_serve.launch.supervisor import child_environment, new_folder
@@ -45,6 +46,8 @@ _BACKLOG = 1024
 _LOSSES_IN_S = 60.0
 _MOST_LOSSES = 5
 _END_S = 2.0
+# in the environment of what torchrun's agent starts
+_AGENT = "TORCHELASTIC_RUN_ID"
 
 
 class FrontEnd:
@@ -133,6 +136,8 @@ def serve(
     network, service = server.network, server.service
     if _is_follower():
         return _follow(config, Path(options.model))
+    if _AGENT in os.environ:  # nobody would stop it any more: it drains, and the others end with it
+        hear_of_end(signal.SIGTERM)
     listener = listen(network.host, network.port)
     address = _shown(listener, network.host)
     front = FrontEnd(listener, options)
