@@ -48,6 +48,8 @@ _MOST_LOSSES = 5
 _END_S = 2.0
 # in the environment of what torchrun's agent starts
 _AGENT = "TORCHELASTIC_RUN_ID"
+# comes once for each thread of the agent's, while SIGTERM a second time means to end at once
+_ORPHANED = signal.SIGUSR1
 
 
 class FrontEnd:
@@ -137,7 +139,7 @@ def serve(
     if _is_follower():
         return _follow(config, Path(options.model))
     if _AGENT in os.environ:  # nobody would stop it any more: it drains, and the others end with it
-        hear_of_end(signal.SIGTERM)
+        hear_of_end(_ORPHANED)
     listener = listen(network.host, network.port)
     address = _shown(listener, network.host)
     front = FrontEnd(listener, options)
@@ -199,15 +201,21 @@ class _Stopped(BaseException):
 
 @contextmanager
 def _signals(host: Host) -> Iterator[None]:
-    """Have SIGTERM and SIGINT stop the host: at once while there is no engine, or a second time."""
+    """Have SIGTERM and SIGINT stop the host: at once while there is no engine, or a second time.
+
+    So does the end of torchrun's agent, but it is one end however often it is heard.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if number == _ORPHANED and host.num_stops:
+            return
         host.stop()
         if host.is_loading or host.num_stops > 1:
             raise _Stopped
 
     assert threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, _ORPHANED)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
