@@ -53,4 +53,5 @@ class Served:
         self._is_up.set()
         await self._server.serve(sockets=[self._socket])
         client.connection_lost(None)
+        await asyncio.sleep(0.01)  # the transport closes its socket in a later turn
         self.state.close()
