@@ -21,6 +21,7 @@ from moe_serve.types import (
     RequestOutput,
     RoutedExperts,
     SamplingParams,
+    StructuredOutputs,
     TokenLogprobs,
 )
 
@@ -72,6 +73,68 @@ def test_a_chat_completion() -> None:
     found = read_body(CHAT, body, MAKER, SamplingParams())
     assert found.sampling == SamplingParams(max_tokens=9, logprobs=3)
     assert read_body(CHAT, {"messages": HI}, MAKER, DEFAULTS).sampling.max_tokens is None
+
+
+def schema_format(schema: object, **more: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"schema": schema, **more}}
+
+
+@pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
+def test_structured_outputs_in_either_form(url: str) -> None:
+    def asked(**fields: object) -> StructuredOutputs | None:
+        own = {"prompt": "Hi"} if url == COMPLETIONS else {"messages": HI}
+        return read_body(url, {**own, **fields}, MAKER, DEFAULTS).sampling.structured_outputs
+
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    named = {"name": "answer", "strict": True, "description": "what it is", "schema": schema}
+    assert asked() is None
+    assert asked(response_format={"type": "text"}) is None
+    assert asked(response_format=None, structured_outputs=None) is None
+    assert asked(response_format={"type": "json_object"}) == StructuredOutputs(json_object=True)
+    described = {"type": "json_schema", "json_schema": named}
+    assert asked(response_format=described) == StructuredOutputs(json=schema)
+    for given in (
+        {"json": schema}, {"regex": "a+"}, {"choice": ["a", "b"]}, {"grammar": 'start: "a"'},
+        {"json_object": True},
+    ):  # fmt: skip
+        assert asked(structured_outputs=given) == StructuredOutputs(**given)
+        both = {"type": "text"}
+        assert asked(response_format=both, structured_outputs=given) == StructuredOutputs(**given)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"response_format": "json_object"}, "response_format is 'json_object'"),
+        ({"response_format": {}}, r"response_format\.type is None \(there are: text"),
+        ({"response_format": {"type": "json_shema"}}, "did you mean 'json_schema'"),
+        (
+            {"response_format": {"type": "json_object", "schema": {}}},
+            "response_format has 'schema'",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "json_schema is None; .* with a schema"),
+        ({"response_format": schema_format("{}")}, "must be an object with a schema"),
+        ({"response_format": schema_format({}, name=5)}, r"json_schema\.name is 5"),
+        ({"response_format": schema_format({}, strict="yes")}, r"json_schema\.strict is 'yes'"),
+        ({"response_format": schema_format({}, scheme=1)}, "has 'scheme'; did you mean 'schema'"),
+        (
+            {"response_format": schema_format({"enum": ["x" * 70_000]})},
+            r"response_format\.json_schema\.schema has 700\d\d bytes; at most 65536",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "both given",
+        ),
+        ({"structured_outputs": 5}, "structured_outputs is 5"),
+        ({"structured_outputs": {}}, "structured_outputs has nothing; .* exactly one of json"),
+        ({"structured_outputs": {"rejex": "a"}}, "did you mean 'regex'"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "has regex and choice"),
+    ],
+)
+def test_bad_structured_outputs(fields: dict[str, Any], says: str) -> None:
+    for url, own in ((COMPLETIONS, {"prompt": "Hi"}), (CHAT, {"messages": HI})):
+        with pytest.raises(RequestError, match=says):
+            read_body(url, {**own, **fields}, MAKER, DEFAULTS)
 
 
 @pytest.mark.parametrize(
