@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from moe_serve.channel import MOST_BYTES, Channel, Closed
+from moe_serve.channel import MOST_BYTES, Channel, Closed, Mailbox
 from moe_serve.errors import CapacityError, CommError
 from moe_serve.launch.messages import Abort, Add, Beat, Call, Failure, Release, Reply
 from moe_serve.types import Request, RoutedExperts, SamplingParams, StepOutput, TokenLogprobs
@@ -130,3 +130,65 @@ def test_errors_travel_as_what_they_are() -> None:
     assert str(error) == "rank 3: too much"
     assert type(Failure.of(KeyError("x")).error()) is CommError
     assert type(Failure("nearest", "no class of errors").error()) is CommError
+
+
+def mailboxes(most_bytes: int = MOST_BYTES) -> tuple[Mailbox[Call], Mailbox[Call]]:
+    ours, theirs = socket.socketpair()
+    return Mailbox(ours, Call, most_bytes), Mailbox(theirs, Call)
+
+
+def test_a_mailbox_waits_for_nobody() -> None:
+    ours, theirs = mailboxes()
+    assert theirs.receive() == []
+    large = Abort("x" * 100_000)
+    for _ in range(20):  # far more than the socket takes
+        ours.send(large)
+    assert ours.has_unsent
+    received: list[Call] = []
+    while not ours.flush() or len(received) < 20:
+        received += theirs.receive()
+    assert received == [large] * 20
+    assert not ours.has_unsent
+    assert theirs.receive() == []
+
+
+def test_a_mailbox_that_nobody_empties_is_given_up() -> None:
+    ours, _theirs = mailboxes(most_bytes=10**6)
+    with pytest.raises(Closed, match="has not read"):
+        for _ in range(100):
+            ours.send(Abort("x" * 100_000))
+
+
+def test_what_came_before_the_end_is_received_first() -> None:
+    ours, theirs = mailboxes()
+    ours.send(Abort("last"))
+    ours.close()
+    assert theirs.receive() == [Abort("last")]
+    with pytest.raises(Closed):
+        theirs.receive()
+    with pytest.raises(Closed):
+        theirs.send(Release())
+
+
+@pytest.mark.parametrize(
+    "data", [struct.pack("<I", MOST_BYTES + 1), struct.pack("<I", 1) + b"\xc1"]
+)
+def test_a_mailbox_refuses_what_is_no_message(data: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    mailbox: Mailbox[Call] = Mailbox(ours, Call)
+    theirs.sendall(data)
+    with pytest.raises(CommError, match="message of|not a message"):
+        mailbox.receive()
+
+
+def test_messages_in_pieces_are_put_together() -> None:
+    ours, theirs = socket.socketpair()
+    mailbox: Mailbox[Call] = Mailbox(ours, Call)
+    sender, tap = socket.socketpair()
+    Channel[Call](sender, Call).send(Abort("in pieces"))
+    data = tap.recv(100)
+    for byte in data[:-1]:
+        theirs.sendall(bytes([byte]))
+        assert mailbox.receive() == []
+    theirs.sendall(data[-1:])
+    assert mailbox.receive() == [Abort("in pieces")]
