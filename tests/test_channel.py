@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -132,13 +134,23 @@ def test_errors_travel_as_what_they_are() -> None:
     assert type(Failure("nearest", "no class of errors").error()) is CommError
 
 
-def mailboxes(most_bytes: int = MOST_BYTES) -> tuple[Mailbox[Call], Mailbox[Call]]:
-    ours, theirs = socket.socketpair()
-    return Mailbox(ours, Call, most_bytes), Mailbox(theirs, Call)
+@pytest.fixture
+def ends() -> Iterator[Callable[[], tuple[socket.socket, socket.socket]]]:
+    """Give pairs of sockets, closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make() -> tuple[socket.socket, socket.socket]:
+            ours, theirs = socket.socketpair()
+            return stack.enter_context(ours), stack.enter_context(theirs)
+
+        yield make
 
 
-def test_a_mailbox_waits_for_nobody() -> None:
-    ours, theirs = mailboxes()
+Ends = Callable[[], tuple[socket.socket, socket.socket]]
+
+
+def test_a_mailbox_waits_for_nobody(ends: Ends) -> None:
+    ours, theirs = (Mailbox[Call](end, Call) for end in ends())
     assert theirs.receive() == []
     large = Abort("x" * 100_000)
     for _ in range(20):  # far more than the socket takes
@@ -152,15 +164,19 @@ def test_a_mailbox_waits_for_nobody() -> None:
     assert theirs.receive() == []
 
 
-def test_a_mailbox_that_nobody_empties_is_given_up() -> None:
-    ours, _theirs = mailboxes(most_bytes=10**6)
-    with pytest.raises(Closed, match="has not read"):
+def test_a_mailbox_that_nobody_empties_is_given_up(ends: Ends) -> None:
+    mailbox: Mailbox[Call] = Mailbox(ends()[0], Call, 10**6)
+
+    def send_all() -> None:
         for _ in range(100):
-            ours.send(Abort("x" * 100_000))
+            mailbox.send(Abort("x" * 100_000))
+
+    with pytest.raises(Closed, match="has not read"):
+        send_all()
 
 
-def test_what_came_before_the_end_is_received_first() -> None:
-    ours, theirs = mailboxes()
+def test_what_came_before_the_end_is_received_first(ends: Ends) -> None:
+    ours, theirs = (Mailbox[Call](end, Call) for end in ends())
     ours.send(Abort("last"))
     ours.close()
     assert theirs.receive() == [Abort("last")]
@@ -171,20 +187,24 @@ def test_what_came_before_the_end_is_received_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [struct.pack("<I", MOST_BYTES + 1), struct.pack("<I", 1) + b"\xc1"]
+    ("data", "why"),
+    [
+        (struct.pack("<I", MOST_BYTES + 1), "are the most"),
+        (struct.pack("<I", 1) + b"\xc1", "not a message"),
+    ],
 )
-def test_a_mailbox_refuses_what_is_no_message(data: bytes) -> None:
-    ours, theirs = socket.socketpair()
+def test_a_mailbox_refuses_what_is_no_message(ends: Ends, data: bytes, why: str) -> None:
+    ours, theirs = ends()
     mailbox: Mailbox[Call] = Mailbox(ours, Call)
     theirs.sendall(data)
-    with pytest.raises(CommError, match="message of|not a message"):
+    with pytest.raises(CommError, match=why):
         mailbox.receive()
 
 
-def test_messages_in_pieces_are_put_together() -> None:
-    ours, theirs = socket.socketpair()
+def test_messages_in_pieces_are_put_together(ends: Ends) -> None:
+    ours, theirs = ends()
     mailbox: Mailbox[Call] = Mailbox(ours, Call)
-    sender, tap = socket.socketpair()
+    sender, tap = ends()
     Channel[Call](sender, Call).send(Abort("in pieces"))
     data = tap.recv(100)
     for byte in data[:-1]:
