@@ -160,6 +160,8 @@ class Host:
         # else it may be the last to hold the engine, and free it while the interpreter ends: tensors
         # over Python's memory then abort the process
         self._heart.join()
+        for end in self._wake:
+            end.close()
 
     def _turn(self, engine: ServedEngine) -> None:
         """Make one step, or wait for something to do."""
