@@ -157,8 +157,8 @@ class Host:
     def close(self) -> None:
         """End the signs of life."""
         self._is_over.set()
-        # else it may be the last to hold the engine, and free it while the interpreter ends: tensors
-        # over Python's memory then abort the process
+        # else it may be the last to hold the engine, and free it while the interpreter ends: that
+        # of tensors over Python's memory aborts the process
         self._heart.join()
         for end in self._wake:
             end.close()

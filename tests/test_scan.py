@@ -87,10 +87,10 @@ def _call(
         yield f"calls {function.id}"
     if ast.unparse(function) == "jinja2.Template":
         yield "calls jinja2.Template"
-    dynamic = ast.unparse(function) in ("importlib.import_module", "import_module")
-    if dynamic and arguments and isinstance(arguments[0], ast.Constant):
-        if str(arguments[0].value).partition(".")[0] in MODULES:
-            yield f"imports {arguments[0].value}"
+    if ast.unparse(function) in ("importlib.import_module", "import_module"):
+        for name in [one.value for one in arguments[:1] if isinstance(one, ast.Constant)]:
+            if str(name).partition(".")[0] in MODULES:
+                yield f"imports {name}"
     for keyword in keywords:
         is_false = isinstance(keyword.value, ast.Constant) and not keyword.value.value
         if keyword.arg in KEYWORDS and not is_false:
