@@ -27,7 +27,7 @@ from benchmarks.serving.streams import Stream, run_stream
 IDLE_AFTER_S = 1.0
 # made for one client after it was gone
 MOST_TOKENS = 100
-# few sequences and small pieces of prompts: clients also go while they wait, and while theirs is read
+# few sequences and small pieces of prompts: clients also go while they wait or theirs is read
 FLAGS = (
     *CHAT_FLAGS, "--max-num-seqs", "12", "--max-prefill-chunk", "32", "--stats-interval", "0",
 )  # fmt: skip

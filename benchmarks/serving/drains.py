@@ -385,7 +385,7 @@ def rows_of(drains: Sequence[Drain]) -> list[results.Row]:
         "streams cut without a word": [drain.num_other for drain in drains],
         "refused during a drain": [len(drain.refused) for drain in drains],
         "left behind": [len(drain.left) for drain in drains],
-        "drains with a fault": [bool(drain.faults) for drain in drains],
+        "drains with a fault": [int(bool(drain.faults)) for drain in drains],
     }.items():
         rows.append(results.Row.of(name, [sum(values)], "count"))
     return rows

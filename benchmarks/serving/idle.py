@@ -77,9 +77,7 @@ def use_of(server: Served) -> dict[str, Use]:
     for name, pid in server.processes().items():
         process = psutil.Process(pid)
         with process.oneshot():
-            found[name] = Use(
-                process.memory_info().rss, process.num_fds(), process.num_threads()
-            )
+            found[name] = Use(process.memory_info().rss, process.num_fds(), process.num_threads())
     return found
 
 

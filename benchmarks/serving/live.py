@@ -114,9 +114,7 @@ def rows_of(found: Live) -> list[results.Row]:
     rows = []
     for name, samples in (("alone", found.alone_s), ("beside long prompts", found.busy_s)):
         limit = 1e3 * MOST_S if samples is found.busy_s else None
-        rows.append(
-            results.Row.of(f"/live {name}, p99", [1e3 * p99(samples)], "ms", limit=limit)
-        )
+        rows.append(results.Row.of(f"/live {name}, p99", [1e3 * p99(samples)], "ms", limit=limit))
         rows.append(results.Row.of(f"/live {name}", [1e3 * one for one in samples], "ms"))
     rows.append(results.Row.of("long prompts refused", [found.statuses[400]], "count"))
     return rows

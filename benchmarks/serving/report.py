@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from benchmarks import results
 
 
-def report(
-    name: str, rows: Sequence[results.Row], faults: Sequence[str], *, is_saved: bool
-) -> int:
+def report(name: str, rows: Sequence[results.Row], faults: Sequence[str], *, is_saved: bool) -> int:
     """Print figures and faults, keep the figures if asked to; return the exit code.
 
     name: of the module in benchmarks.serving, and with "serving-" before it of the results.

@@ -16,7 +16,6 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,9 +75,7 @@ def body(chance: random.Random, num_tokens: int) -> dict[str, Any]:
 
 async def _read_slowly(port: int, asked: dict[str, Any], is_silent: bool) -> None:
     """Read a token's worth a second, or nothing, until cancelled."""
-    exchange = await Exchange.begin(
-        port, "/v1/completions", asked, receive_buffer=_RECEIVE_BUFFER
-    )
+    exchange = await Exchange.begin(port, "/v1/completions", asked, receive_buffer=_RECEIVE_BUFFER)
     try:
         if is_silent:
             exchange.pause()
@@ -178,9 +175,7 @@ def rows_of(found: Readers) -> list[results.Row]:
     rows.append(results.Row.of("ratio of both", found.ratios, "times", limit=MOST_RATIO))
     grown = [num / 2**20 for num in found.grown_bytes]
     limit = MOST_GROWN_BYTES / 2**20
-    rows.append(
-        results.Row.of("memory grown beside slow readers", grown, "MiB", limit=limit)
-    )
+    rows.append(results.Row.of("memory grown beside slow readers", grown, "MiB", limit=limit))
     if found.cut_s:
         limit = DEFAULT_LIMITS.write_s + 5
         rows.append(results.Row.of("who reads nothing is cut after", found.cut_s, "s", limit=limit))

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -281,9 +281,7 @@ async def _some(
 # -- all of them -----------------------------------------------------------------------------------
 
 
-def run(
-    server: Served, count: int, chance: random.Random, mix: Mix, num_samples: int = 50
-) -> Soak:
+def run(server: Served, count: int, chance: random.Random, mix: Mix, num_samples: int = 50) -> Soak:
     """Serve `count` requests, with looks at what the server uses in between; judge them."""
     found = Soak(count)
     server.headers = {"Authorization": f"Bearer {KEY}"}
@@ -299,9 +297,11 @@ def run(
         if again["choices"] != first["choices"]:
             found.faults.append(f"after {done} requests the same one has another answer")
         found.samples.append(Sample(done, use_of(server)))
-        if sys.stdout.isatty() or index % 10 == 9:
+        if index % 10 == 9:
             sizes = {name: use.rss_bytes >> 10 for name, use in found.samples[-1].uses.items()}
-            print(f"  {done} requests, {time.monotonic() - begun_s:.0f} s, KiB: {sizes}", flush=True)
+            print(
+                f"  {done} requests, {time.monotonic() - begun_s:.0f} s, KiB: {sizes}", flush=True
+            )
     found.seconds = time.monotonic() - begun_s
     log = "".join(server.read_log())
     found.log_bytes = len(log)
