@@ -13,16 +13,18 @@ from moe_serve.openmp import wait_shortly
 if TYPE_CHECKING:
     from moe_serve.config import EngineConfig
     from moe_serve.llm import LLM
+    from moe_serve.structured_outputs import StructuredOutputs
     from moe_serve.types import SamplingParams
 
     __version__: str
 
-__all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
+__all__ = ["LLM", "EngineConfig", "SamplingParams", "StructuredOutputs", "__version__"]
 
 _MODULE_OF = {
     "LLM": "moe_serve.llm",
     "EngineConfig": "moe_serve.config",
     "SamplingParams": "moe_serve.types",
+    "StructuredOutputs": "moe_serve.structured_outputs",
 }
 
 

@@ -78,7 +78,7 @@ def run_batch(
         _lock(answers, target)
         done, num_bytes = _read_done(target)
         numbered = _numbered(lines)
-        options_mark = _options_mark(llm.engine.config)
+        options_mark = _options_mark(llm.config)
         _check_belongs(done, numbered, source, target, options_mark, _engine_mark(llm))
         job = _Job(llm, numbered, answers, source, target, done)
         answers.truncate(num_bytes)  # a torn last line goes, now that the file is ours
@@ -126,7 +126,7 @@ class _Job:
         self._answers = answers
         self._source = source
         self._target = target
-        self._run_marks = f"{_options_mark(llm.engine.config)}_{_engine_mark(llm)}"
+        self._run_marks = f"{_options_mark(llm.config)}_{_engine_mark(llm)}"
         self._window = 2 * llm.engine.config.scheduler.max_num_seqs
         self._defaults = llm.default_sampling_params()
         self._names = TokenNames(llm.tokenizer)
@@ -205,11 +205,11 @@ class _Job:
     def take(self, output: RequestOutput) -> None:
         """Answer the line of a request that has finished, and write what is due."""
         line, custom_id, asked = self._served.pop(output.request_id)
-        error = next((o.error for o in output.outputs if o.finish_reason == "error"), None)
-        if error is not None and output.metrics.e2e_s is None:  # the engine refused it
-            self._answer(line, custom_id, 400, error_object(error))
-        elif error is not None:
-            self._answer(line, custom_id, 500, error_object(error, "server_error"))
+        failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
+        if failed is not None and failed.is_refused:
+            self._answer(line, custom_id, 400, error_object(str(failed.error)))
+        elif failed is not None:
+            self._answer(line, custom_id, 500, error_object(str(failed.error), "server_error"))
         else:
             prefix = "cmpl" if asked.kind == "completion" else "chatcmpl"
             body = response_object(

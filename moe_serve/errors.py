@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Real
 
 
 class MoeServeError(Exception):
@@ -68,3 +69,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the known name nearest to `name`, or "" if none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it, short."""
+    try:
+        # NumPy's numbers as plain ones: their repr names the type
+        text = str(value) if isinstance(value, Real) else repr(value)
+    except ValueError:  # Python writes no integer of more than some thousands of digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."

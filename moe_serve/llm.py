@@ -94,7 +94,7 @@ class LLM:
                 f"config and {', '.join(sorted(options))} are both given; "
                 "set it in config, or leave config out"
             )
-        weights = config.weights
+        weights, given = config.weights, config
         folder = resolve_model(weights.model, weights.revision)
         if weights.revision is not None and _is_local(weights.model):
             logger.warning(
@@ -102,13 +102,17 @@ class LLM:
                 weights.revision,
                 weights.model,
             )
+        tokenizer_folder = None
+        if weights.tokenizer is not None:
+            tokenizer_folder = resolve_model(weights.tokenizer)
+            # grammars are the engine's, which knows folders and no hub
+            weights = dataclasses.replace(weights, tokenizer=str(tokenizer_folder))
+            config = dataclasses.replace(config, weights=weights)
         spec = read_spec(HFConfig.read(folder))
         texts = ModelTexts.read(  # checked before the weights, which may take minutes
             folder,
             spec.vocab_size,
-            tokenizer_folder=None
-            if weights.tokenizer is None
-            else resolve_model(weights.tokenizer),
+            tokenizer_folder=tokenizer_folder,
             chat_template=None if chat_template is None else Path(chat_template),
         )
         with loading_bar(is_shown=use_tqdm) as on_progress:
@@ -116,7 +120,7 @@ class LLM:
         if isinstance(engine, Follower):
             self._follower = engine
             engine = engine.worker.engine
-        self._adopt(engine, texts)
+        self._adopt(engine, texts, given)
 
     @classmethod
     def from_parts(
@@ -134,11 +138,12 @@ class LLM:
             defaults=defaults or GenerationDefaults(),
         )
         llm = cls.__new__(cls)
-        llm._adopt(engine, texts)
+        llm._adopt(engine, texts, engine.config)
         return llm
 
-    def _adopt(self, engine: TokenEngine, texts: ModelTexts) -> None:
+    def _adopt(self, engine: TokenEngine, texts: ModelTexts, config: EngineConfig) -> None:
         self.engine = engine
+        self.config = config  # as it was given: the engine's has names resolved
         if self._follower is None:
             self._end = weakref.finalize(self, _close_quietly, engine)
         self.tokenizer = texts.tokenizer

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_serve.errors import RequestError, nearest
+from moe_serve.errors import RequestError, nearest, shown
+from moe_serve.structured_outputs import StructuredOutputs as StructuredOutputs
+from moe_serve.structured_outputs import read_structured_outputs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -45,8 +47,9 @@ class SamplingParams:
     (seed, position, token id), so the same request gives the same tokens in any batch.
     `temperature=0` is greedy. `top_k=0` and `-1` mean all tokens. `max_tokens=None` means up to the
     model's context. One string for `stop` or `bad_words` is a list of one. NumPy's numbers are read
-    too; all are kept as Python's own. return_routed_experts needs the engine's option
-    `enable_return_routed_experts`. Raises RequestError, naming field, value and range.
+    too; all are kept as Python's own. structured_outputs may be given as a mapping of names to
+    values. return_routed_experts needs the engine's option `enable_return_routed_experts`. Raises
+    RequestError, naming field, value and range.
     """
 
     n: int = 1
@@ -71,6 +74,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     return_routed_experts: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         checked = {**self._checked_numbers(), **self._checked_lists()}
@@ -83,7 +87,7 @@ class SamplingParams:
         for name in _FLAGS:
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise RequestError(f"{name} is {_shown(value)}; it must be true or false")
+                raise RequestError(f"{name} is {shown(value)}; it must be true or false")
 
     def _checked_numbers(self) -> dict[str, int | float]:
         """Return the fields that are numbers, as Python's own; those that are None are left out."""
@@ -135,6 +139,8 @@ class SamplingParams:
             checked["allowed_token_ids"] = allowed
         if self.logit_bias is not None:
             checked["logit_bias"] = _biases(self.logit_bias)
+        if self.structured_outputs is not None:
+            checked["structured_outputs"] = read_structured_outputs(self.structured_outputs)
         return checked
 
     @classmethod
@@ -150,20 +156,20 @@ class SamplingParams:
 def checked_integer(name: str, value: object, low: int, high: int) -> int:
     """Return `value`, from `low` to `high`, as an int: NumPy's integers are read too."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise RequestError(f"{name} is {_shown(value)}; it must be an integer")
+        raise RequestError(f"{name} is {shown(value)}; it must be an integer")
     number = int(value)
     if not low <= number <= high:
-        raise RequestError(f"{name} is {_shown(value)}; it must be from {low} to {high}")
+        raise RequestError(f"{name} is {shown(value)}; it must be from {low} to {high}")
     return number
 
 
 def checked_number(name: str, value: object, low: float, high: float) -> float:
     """Return `value`, from `low` to `high`, as a float: NumPy's numbers are read too."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise RequestError(f"{name} is {_shown(value)}; it must be a number")
+        raise RequestError(f"{name} is {shown(value)}; it must be a number")
     number: Any = value  # the abstract type has no order between it and a float
     if not low <= number <= high:  # a NaN is neither
-        raise RequestError(f"{name} is {_shown(value)}; it must be from {low:g} to {high:g}")
+        raise RequestError(f"{name} is {shown(value)}; it must be from {low:g} to {high:g}")
     return float(number)
 
 
@@ -174,12 +180,12 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping):
-        raise RequestError(f"{name} is {_shown(value)}; it must be a string or a list of strings")
+        raise RequestError(f"{name} is {shown(value)}; it must be a string or a list of strings")
     words = tuple(value)
     for word in words:
         if not isinstance(word, str) or not word:
             raise RequestError(
-                f"{name} holds {_shown(word)}; each must be a string that is not empty"
+                f"{name} holds {shown(word)}; each must be a string that is not empty"
             )
     return words
 
@@ -188,30 +194,20 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if value is None:
         return ()
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
-        raise RequestError(f"{name} is {_shown(value)}; it must be a list of token ids")
+        raise RequestError(f"{name} is {shown(value)}; it must be a list of token ids")
     return tuple(checked_integer(name, token, 0, 2**31 - 1) for token in value)
 
 
 def _biases(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise RequestError(
-            f"logit_bias is {_shown(value)}; it must map token ids to what is added to their logits"
+            f"logit_bias is {shown(value)}; it must map token ids to what is added to their logits"
         )
     checked: dict[int, float] = {}
     for token, bias in value.items():
         token_id = checked_integer("logit_bias (a token id)", token, 0, 2**31 - 1)
         checked[token_id] = checked_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
     return checked
-
-
-def _shown(value: object) -> str:
-    """Return a value as an error shows it, short."""
-    try:
-        # NumPy's numbers as plain ones: their repr names the type
-        text = str(value) if isinstance(value, Real) else repr(value)
-    except ValueError:  # Python writes no integer of more than some thousands of digits
-        return "an integer of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +281,8 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
 
     token_ids: the new ones ([] when it ended without one; see also routed_experts). finish_reason
     is None while it goes on. prompt_logprobs comes once, with the first output of index 0: an entry
-    for each prompt token, None for the first. error says why, when finish_reason is "error".
+    for each prompt token, None for the first. error says why, when finish_reason is "error";
+    is_refused: that it is what the request asked for, so that asking again would fail again.
     routed_experts, where asked for: of the tokens that ran in this step; of a prompt that is not
     computed yet, without a token. Output 0 has those of the prompt, and they are those of all.
     """
@@ -299,6 +296,7 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
     error: str | None = None
     num_cached_tokens: int = 0
     routed_experts: RoutedExperts | None = None
+    is_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +396,7 @@ class CacheGroup:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One of a request's n outputs, as vLLM names it.
+    """One of a request's n outputs, as vLLM names it. error, is_refused: as in `StepOutput`.
 
     routed_experts: with `return_routed_experts`, of every token of prompt and output but the last,
     which is never run; None before the first token. Of an output that was aborted or has failed: of
@@ -412,6 +410,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None
     error: str | None = None
     routed_experts: RoutedExperts | None = None
+    is_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,6 +177,26 @@ def test_engine_faults_are_500_and_refusals_400(tmp_path: Path) -> None:
     assert codes == [500, 400, 200]
 
 
+def test_forms_are_kept_to_and_wrong_ones_are_400(tmp_path: Path) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["a", "b"]}}}
+    source = write(
+        tmp_path / "in.jsonl",
+        [
+            line("form", prompt="x", response_format=wanted),
+            line("wrong", prompt="x", structured_outputs={"regex": "((("}),
+            line("plain", prompt="x"),
+        ],
+    )
+    with LLM(max_num_seqs=8) as llm:
+        run_batch(llm, source, tmp_path / "out.jsonl")
+    form, wrong, plain = (answer["response"] for answer in read(tmp_path / "out.jsonl"))
+    assert json.loads(form["body"]["choices"][0]["text"]) in ("a", "b")
+    assert wrong["status_code"] == 400
+    assert "structured_outputs.regex" in wrong["body"]["error"]["message"]
+    assert wrong["body"]["error"]["type"] == "invalid_request_error"
+    assert plain["status_code"] == 200
+
+
 @pytest.mark.parametrize("torn", ["", "{", '{"id": "batch_req_7", "custom_id": "id-7", "resp'])
 def test_resume_at_any_line_gives_the_same_file(tmp_path: Path, torn: str) -> None:
     source = write(tmp_path / "in.jsonl", ["junk", *lines_of_many_lengths(12)])

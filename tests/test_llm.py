@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from moe_serve.models.hf_config import GenerationDefaults
 from moe_serve.text.chat_template import ChatTemplate
 from moe_serve.text.request_output import RequestState
 from moe_serve.text.tokenizer import load_tokenizer
-from moe_serve.types import Request, SamplingParams, StepOutput
+from moe_serve.types import Request, SamplingParams, StepOutput, StructuredOutputs
 from tests.bad_requests import BAD_PROMPTS
 from tests.fake_engine import FakeEngine
 from tests.models.bad_checkpoints import write_checkpoint
@@ -509,3 +511,34 @@ def test_a_run_that_served_nothing_has_no_rates(engine: FakeEngine) -> None:
     assert llm.generate([]) == []
     assert llm.last_run is not None
     assert llm.last_run.line().startswith("model 1.0 MiB | KV reserved 2.0 MiB | peak memory")
+
+
+def test_text_of_a_form(embedded_model: Path) -> None:
+    form = StructuredOutputs(regex="[a-z]{2,6}: [0-9]{1,3}")
+    params = SamplingParams(structured_outputs=form, temperature=1.0, n=2, max_tokens=30)
+    with LLM(tokenizer=str(embedded_model), max_num_seqs=8) as llm:
+        output, plain = llm.generate(["Lily", "Tom"], [params, SamplingParams()], use_tqdm=False)
+        for one in output.outputs:
+            assert one.finish_reason == "stop"
+            assert re.fullmatch("[a-z]{2,6}: [0-9]{1,3}", one.text), "to its last character"
+        assert plain.outputs[0].finish_reason
+        pieces = "".join(llm.stream_text("Lily", replace(params, n=1)))
+        assert re.fullmatch("[a-z]{2,6}: [0-9]{1,3}", pieces)
+        wrong = SamplingParams(structured_outputs=StructuredOutputs(regex="((("))
+        (refused,) = llm.generate(["Lily"], wrong, use_tqdm=False)
+        assert refused.outputs[0].is_refused
+        assert "unclosed group" in str(refused.outputs[0].error)
+
+
+def test_a_tokenizer_s_name_is_resolved_for_the_engine_alone(
+    embedded_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolved(name: str, revision: str | None = None) -> Path:
+        return embedded_model
+
+    monkeypatch.setattr(moe_serve.llm, "resolve_model", resolved)
+    with LLM(tokenizer="someone/something", max_num_seqs=8) as llm:
+        assert llm.config.weights.tokenizer == "someone/something"
+        assert llm.engine.config.weights.tokenizer == str(embedded_model)
+        params = SamplingParams(structured_outputs=StructuredOutputs(choice=["yes"]))
+        assert llm.generate("Lily", params, use_tqdm=False)[0].outputs[0].text == "yes"

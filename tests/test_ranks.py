@@ -150,6 +150,36 @@ def test_sums_are_near_but_named(dispatcher: str) -> None:
     assert same >= len(found) - 2
 
 
+def test_forms_on_ranks_are_those_of_one_process() -> None:
+    """Each rank compiles for its own requests; one that only compiles takes part in every step."""
+    form = {"regex": "[a-z]{3,9}-[0-9]{2}( (yes|no)){1,4}"}
+    options = {"max_tokens": 40, "temperature": 1.0, "seed": 5}
+    params = [
+        SamplingParams.from_mapping(
+            {**options, "n": 1 + index % 2, "structured_outputs": form if index % 3 else None}
+        )
+        for index in range(8)
+    ]
+    wrong = SamplingParams.from_mapping({"structured_outputs": {"regex": "((("}})
+    prompts = [[100 + index] for index in range(8)]
+
+    def outputs(llm: LLM) -> list[list[tuple[Any, ...]]]:
+        both = llm.generate([*prompts, [5]], [*params, wrong], use_tqdm=False)
+        alone = llm.generate([[7]], params[1], use_tqdm=False)
+        return [
+            [(o.token_ids, o.text, o.finish_reason, o.error, o.is_refused) for o in one.outputs]
+            for one in (*both, *alone)
+        ]
+
+    with LLM(**OPTIONS, threads=1) as llm:
+        want = outputs(llm)
+    assert want[8][0][4], "the one that is wrong is refused"
+    assert [output[2] for output in want[1]] == ["stop", "stop"]
+    with LLM(ep_size=2, **RANKS) as llm:
+        assert outputs(llm) == want
+    assert not children()
+
+
 def test_nan_in_an_expert_ends_only_what_used_it(tmp_path: Path) -> None:
     cases = [{**case(), "poison": [4, expert]} for expert in (3, 30)]
     for one in run_cases(tmp_path, 2, cases):

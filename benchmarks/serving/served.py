@@ -125,7 +125,9 @@ class Served:
         for line in self.get("/metrics")[1].decode().splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
-                name = re.sub(r',?model_name="[^"]*"', "", name).replace("{}", "")
+                name = (
+                    re.sub(r'model_name="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")
+                )
                 found[name.removeprefix("moe_serve:")] = float(value)
         return found
 

@@ -15,6 +15,7 @@ from moe_serve import plugin
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.expert_parts import ExpertParts, model_id_of, read_usage
+from moe_serve.engine.grammar import Grammars
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.lockstep import LockstepEngine, LockstepRunner
 from moe_serve.engine.memory import available_bytes, num_kv_blocks
@@ -88,7 +89,13 @@ def build_engine(
         model = Decoder(spec, weights, experts, kernels, max_model_len, dispatcher)
         if rank is not None:
             rank.meet(model, residency.top_k)
-        return _engine(config, policy, model, residency, num_blocks, numerics_id, clock, rank)
+        tokenizer = config.weights.tokenizer
+        grammars = Grammars(
+            folder if tokenizer is None else Path(tokenizer).expanduser(), spec.vocab_size
+        )
+        return _engine(
+            config, policy, model, grammars, residency, num_blocks, numerics_id, clock, rank
+        )
     except BaseException:
         experts.abandon()
         raise
@@ -98,6 +105,7 @@ def _engine(
     config: EngineConfig,
     policy: Policy,
     model: Decoder,
+    grammars: Grammars,
     residency: Residency,
     num_blocks: tuple[int, ...],
     numerics_id: str,
@@ -139,6 +147,7 @@ def _engine(
         spec,
         scheduler,
         runner,
+        grammars,
         max_model_len=max_model_len,
         numerics_id=numerics_id,
         model_bytes=residency.model_bytes,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_serve.config import EngineConfig
+from moe_serve.engine.grammar import Grammars
 from moe_serve.engine.memory import available_bytes
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.scheduler import Scheduler
@@ -19,6 +20,9 @@ from moe_serve.models.spec import ModelSpec
 from moe_serve.types import FinishReason, Request, StepOutput
 
 logger = logging.getLogger(__name__)
+
+# how long a step waits for a grammar when there is nothing else to do
+GRAMMAR_WAIT_S = 0.005
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +84,7 @@ class Engine:
         spec: ModelSpec,
         scheduler: Scheduler,
         runner: ModelRunner,
+        grammars: Grammars,
         *,
         max_model_len: int,
         numerics_id: str,
@@ -90,31 +95,69 @@ class Engine:
         self.spec = spec
         self.scheduler = scheduler
         self.runner = runner
+        self.grammars = grammars
         self.max_model_len = max_model_len
         self.numerics_id = numerics_id
         self._model_bytes = model_bytes
         self._is_closed = False
         self._kv_bytes = kv_bytes
+        self._untold: list[StepOutput] = []
 
     def add(self, request: Request) -> None:
-        """Admit a request, or refuse it at once: RequestError or CapacityError."""
+        """Admit a request, or refuse it at once: RequestError or CapacityError.
+
+        One with structured_outputs runs when these are compiled, beside the steps; what is wrong
+        with them ends its outputs with an error.
+        """
         self._refuse_if_closed()
         check_ids(request, self.spec.vocab_size)
         check_routed_experts(request, self.config, self.spec)
-        self.scheduler.add(request)
+        has_grammar = request.sampling.structured_outputs is not None
+        if has_grammar:
+            self.grammars.check()
+        self.scheduler.add(request, is_held=has_grammar)
+        if has_grammar:
+            self.grammars.begin(request)
 
     def step(self, move_bytes: int = 0) -> list[StepOutput]:
         """Give every scheduled sequence its next token; [] when there is nothing to do.
 
         move_bytes: see `LockstepEngine`; there is nothing to move here.
-
+        Where there is nothing but grammars to wait for, it waits GRAMMAR_WAIT_S at most.
         A step that cannot be run (out of memory, say) ends the outputs that took part in it with
         an error, and all others go on. An interrupt loses nothing: its step is run again.
         """
         if self.scheduler.has_unfinished:
             self._refuse_if_closed()
+        self._take_grammars()
         step = self.scheduler.schedule()
-        return [] if step is None else self._run(step)
+        if step is None:
+            self._wait_for_grammars()
+            return self._told([])
+        return self._told(self._run(step))
+
+    def _take_grammars(self) -> None:
+        """Let requests run whose grammars are there, and end those whose grammars are wrong."""
+        if not self.grammars.num_pending:
+            return
+        for compiled in self.grammars.take():
+            if compiled.error is None:
+                self.scheduler.release(compiled.request_id, compiled.matchers)
+            else:
+                self._untold += self.scheduler.refuse(
+                    compiled.request_id, compiled.error, compiled.is_refused
+                )
+
+    def _wait_for_grammars(self) -> None:
+        if self.grammars.num_pending and not self._untold:
+            self.grammars.wait(GRAMMAR_WAIT_S)
+
+    def _told(self, outputs: list[StepOutput]) -> list[StepOutput]:
+        """Return the outputs of requests that were ended since the last step, and these."""
+        if self._untold:
+            outputs = self._untold + outputs
+            self._untold = []
+        return outputs
 
     def _run(self, step: ScheduledStep) -> list[StepOutput]:
         try:
@@ -132,15 +175,21 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and all it holds; return whether it was there."""
+        self.grammars.cancel(request_id)
+        if self._untold:
+            self._untold = [out for out in self._untold if out.request_id != request_id]
         return self.scheduler.abort(request_id)
 
     def stop(self, request_id: str, index: int) -> bool:
         """End one output, as if it had stopped by itself; return whether it was running."""
-        return self.scheduler.stop(request_id, index)
+        is_stopped = self.scheduler.stop(request_id, index)
+        if not self.scheduler.has(request_id):
+            self.grammars.cancel(request_id)
+        return is_stopped
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished
+        return self.scheduler.has_unfinished or bool(self._untold)
 
     def stats(self) -> EngineStats:
         scheduler, experts = self.scheduler, self.runner.model.experts
@@ -230,6 +279,7 @@ class Engine:
         No step may follow. Raises TraceError for what cannot be written.
         """
         self._is_closed = True
+        self.grammars.close()
         self.runner.model.experts.close()
 
     def _refuse_if_closed(self) -> None:

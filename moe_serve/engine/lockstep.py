@@ -78,6 +78,7 @@ class LockstepEngine(Engine):
         or one is gone: no step may follow.
         """
         self._refuse_if_closed()
+        self._take_grammars()
         step = self.scheduler.schedule()
         num_tokens = 0 if step is None else sum(step.query_lens)
         try:
@@ -95,8 +96,10 @@ class LockstepEngine(Engine):
             raise
         if step is None:
             self.num_idle_steps += any(counts)
-            return []
-        return self._run(step)
+            if not any(counts):
+                self._wait_for_grammars()
+            return self._told([])
+        return self._told(self._run(step))
 
     @property
     def is_moving(self) -> bool:

@@ -129,10 +129,12 @@ class RankParts:
     def agree(self, numerics_id: str, residency: Residency) -> None:
         """Make sure, before anything is loaded, that all ranks are alike. Raises CommError."""
         placement = None if self.share is None else as_json(self.share.placement)
+        options = self._config.options()
+        del options["tokenizer"]  # a folder, which each machine may have elsewhere
         alike = {
             "model": self._model_id,
             "numerics_id": numerics_id,
-            "options": json.dumps(self._config.options(), sort_keys=True),
+            "options": json.dumps(options, sort_keys=True),
             "placement": hashlib.sha256(json.dumps(placement).encode()).hexdigest()[:16],
             "experts": "all in memory" if residency.shape is None else "behind a cache",
         }

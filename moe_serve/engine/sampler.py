@@ -1,9 +1,9 @@
 """From logits to tokens: reads what each sequence asks for, and calls the sampling kernels.
 
 It keeps no state: a token is a function of the sequence's request, index and tokens, and of its row
-of logits. The order of operations is vLLM's: raw logprobs; allowed_token_ids, bad words and
-min_tokens; logit_bias; repetition, frequency and presence penalties; the greedy choice, or
-temperature, min_p, top_k, top_p and the noise. A row pays only for what its request asks.
+of logits. The order of operations is vLLM's: raw logprobs; the grammar; allowed_token_ids, bad
+words and min_tokens; logit_bias; repetition, frequency and presence penalties; the greedy choice,
+or temperature, min_p, top_k, top_p and the noise. A row pays only for what its request asks.
 
 It does not know how logits are made, nor when a sequence ends.
 """
@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe_serve.engine.grammar import Allowed
+from moe_serve.engine.grammar_compiler import GrammarError
 from moe_serve.engine.sequence import SamplerOutput, Sequence
 from moe_serve.kernels.sampling.base import Sampling
 from moe_serve.types import TokenLogprobs
@@ -38,8 +40,9 @@ _EDITS = attrgetter(
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "structured_outputs",
 )
-_NO_EDITS = (None, None, 0, 1, 0, 0)
+_NO_EDITS = (None, None, 0, 1, 0, 0, None)
 
 
 class Sampler:
@@ -61,8 +64,8 @@ class Sampler:
         """Choose the token that each sequence receives, and its logprobs where they were asked for.
 
         logits: float32 [num_samples, vocab_size], read only; row i is for sequences[i]. A row that
-        is not finite, or all of whose tokens are forbidden, gives an entry of `errors`, and the
-        other rows are as if it were not there. Syncs the host.
+        is not finite, all of whose tokens are forbidden, or whose grammar exceeds a limit, gives an
+        entry of `errors`, and the other rows are as if it were not there. Syncs the host.
         """
         assert logits.shape == (len(sequences), self.vocab_size), logits.shape
         assert logits.dtype == torch.float32, logits.dtype
@@ -80,14 +83,23 @@ class Sampler:
             edited = [row for row in edited if row not in errors]
             sampled = [row for row in sampled if row not in errors]
 
+        refused: dict[int, str] = {}
         self._sample_into(token_ids, logits, sampled, sequences)
         for rows in self._chunks(edited):
+            allowed, failed = _allowed(rows, sequences)
+            refused |= failed
+            rows = [row for row in rows if row not in failed]
             part = [sequences[row] for row in rows]
-            chosen, wrong = self._edit_and_choose(logits[rows], part)  # a copy of the logits
+            masks = [allowed.get(row) for row in rows]
+            chosen, wrong = self._edit_and_choose(logits[rows], part, masks)  # copies the logits
             _put(token_ids, rows, chosen)
-            errors |= {rows[index]: error for index, error in wrong.items()}
+            refused |= {rows[index]: error for index, error in wrong.items()}
+        errors |= refused
         return SamplerOutput(
-            token_ids, self._logprobs(logits, sequences, token_ids, errors), errors
+            token_ids,
+            self._logprobs(logits, sequences, token_ids, errors),
+            errors,
+            set(refused),
         )
 
     def prompt_logprobs(
@@ -135,12 +147,17 @@ class Sampler:
         _put(token_ids, rows, chosen.tolist())
 
     def _edit_and_choose(
-        self, logits: Tensor, sequences: list[Sequence]
+        self, logits: Tensor, sequences: list[Sequence], masks: list[Allowed | None]
     ) -> tuple[list[int], dict[int, str]]:
         """Edit the logits in place and choose from what is left; all must be finite before.
 
-        Returns a token for each sequence, and why there is none, by index.
+        masks: what the grammars allow, bool [vocab_size], where there is one. Returns a token for
+        each sequence, and why there is none, by index.
         """
+        for row, allowed in enumerate(masks):
+            if allowed is not None:
+                is_forbidden = torch.from_numpy(~allowed).to(self.device)
+                logits[row].masked_fill_(is_forbidden, -torch.inf)
         self._edit_(logits, sequences)
         best, _ = self.kernels.greedy_checked(logits)
         token_ids: list[int] = best.tolist()
@@ -245,6 +262,22 @@ class Sampler:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
 
+def _allowed(
+    rows: list[int], sequences: list[Sequence]
+) -> tuple[dict[int, Allowed], dict[int, str]]:
+    """Return what the grammars allow, and why one failed, by row; others are in neither."""
+    allowed: dict[int, Allowed] = {}
+    errors: dict[int, str] = {}
+    for row in rows:
+        sequence = sequences[row]
+        if sequence.matcher is not None:
+            try:
+                allowed[row] = sequence.matcher.allowed(sequence.token_ids)
+            except GrammarError as error:
+                errors[row] = f"structured_outputs: {error}"
+    return allowed, errors
+
+
 def _put(into: list[T], at: list[int], values: Iterable[T]) -> None:
     for index, value in zip(at, values, strict=True):
         into[index] = value
@@ -270,6 +303,7 @@ def _is_edited(sequence: Sequence) -> bool:
         params.allowed_token_ids is not None
         or bool(params.logit_bias or sequence.request.bad_words_ids)
         or sequence.num_output_tokens < params.min_tokens
+        or sequence.matcher is not None
         or _is_penalised(sequence)
     )
 
@@ -310,6 +344,6 @@ def _no_choice(highest: float) -> str:
     if highest > 0:
         return "repetition_penalty made a logit infinite; use one nearer to 1"
     return (
-        "no token is left to choose from: allowed_token_ids, bad_words, min_tokens and "
-        "repetition_penalty forbid them all; relax one of them"
+        "no token is left to choose from: structured_outputs, allowed_token_ids, bad_words, "
+        "min_tokens, ignore_eos and repetition_penalty forbid them all; relax one of them"
     )

@@ -7,6 +7,7 @@ A sequence waits, then runs: first as a prompt, in chunks, then as a decode of o
 When blocks run out, the last running sequence in the policy's order is preempted: it waits again
 with its tokens kept, and is computed anew as a prompt. A sequence that is itself the last keeps its
 blocks and sits the step out. The first in the order always runs, so every request ends.
+A request whose grammar is being compiled is held: it has its place in the order, and no more yet.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from moe_serve.engine.admission import checked_end_length
 from moe_serve.engine.counts import Counts
@@ -24,14 +26,24 @@ from moe_serve.engine.sequence import SamplerOutput, ScheduledStep, Sequence
 from moe_serve.errors import RequestError
 from moe_serve.types import FinishReason, Request, StepOutput, TokenLogprobs
 
+if TYPE_CHECKING:
+    from moe_serve.engine.grammar import Matcher
+
 Rank = tuple[float, int, int]
 """The policy's rank, the order of arrival, the index among a request's outputs: unique."""
 
 
 class _Live:
-    """A request in the scheduler: its place in the order, when its outputs end, those not ended."""
+    """A request in the scheduler: its place in the order, when its outputs end, those not ended.
 
-    __slots__ = ("end_length", "min_length", "order", "rank", "sequences", "stop_ids")
+    check_length: from which length on every token may be the last. matchers: of outputs that there
+    are not yet, by index.
+    """
+
+    __slots__ = (
+        "check_length", "end_length", "is_held", "matchers", "min_length", "order", "rank",
+        "sequences", "stop_ids",
+    )  # fmt: skip
 
     def __init__(self, request: Request, rank: float, order: int, end_length: int) -> None:
         sampling = request.sampling
@@ -39,13 +51,20 @@ class _Live:
         self.stop_ids = eos.union(sampling.stop_token_ids)
         self.min_length = len(request.prompt_ids) + sampling.min_tokens
         self.end_length = end_length
+        self.check_length = end_length if sampling.structured_outputs is None else 0
         self.rank = rank
         self.order = order
+        self.is_held = False
+        self.matchers: dict[int, Matcher] = {}
         self.sequences: dict[int, Sequence] = {}
 
-    def finish_reason(self, length: int, token: int) -> FinishReason | None:
-        """Return why a sequence of `length` tokens, the last of them `token`, ends, or None."""
-        if token in self.stop_ids and length >= self.min_length:
+    def finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Return why a sequence ends after the token that it has just got, or None."""
+        tokens = sequence.token_ids
+        length = len(tokens)
+        if tokens[-1] in self.stop_ids and length >= self.min_length:
+            return "stop"
+        if sequence.matcher is not None and sequence.matcher.is_complete(tokens):
             return "stop"
         return "length" if length >= self.end_length else None
 
@@ -88,6 +107,7 @@ class Scheduler:
         self._decodes: list[Sequence] = []
         self._num_added = 0
         self._num_ended = 0
+        self._num_held = 0
         self._step = 0
         self._num_step_decodes = 0
         self._refused: tuple[Sequence, int] | None = None  # and num_changes when it did not fit
@@ -104,17 +124,22 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 
+    def has(self, request_id: str) -> bool:
+        """Whether a request has outputs that go on."""
+        return request_id in self._requests
+
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + self._num_held
 
     @property
     def num_running(self) -> int:
         return len(self._prompts) + len(self._decodes)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, is_held: bool = False) -> None:
         """Queue a request; refuse at once, changing nothing, one that can never be served.
 
+        is_held: until `release` or `refuse` is called.
         Raises RequestError for an empty or too long prompt or an id in use, and CapacityError when
         the blocks of the whole cache could not hold one of its outputs.
         """
@@ -128,11 +153,32 @@ class Scheduler:
         live = _Live(request, rank, self._num_added, end_length)
         self._num_added += 1
         self._requests[request.request_id] = live
+        live.is_held = is_held
+        self._num_held += is_held
         for index in _first_outputs(request):
             sequence = live.sequences[index] = Sequence(request, index)
             if index == 0 and request.sampling.prompt_logprobs is not None:
                 sequence.prompt_logprobs.append(None)
+            if not is_held:
+                self._wait(sequence)
+
+    def release(self, request_id: str, matchers: list[Matcher]) -> None:
+        """Queue a request that was held; matchers: one for each of its outputs."""
+        live = self._requests[request_id]
+        self._let_go(live)
+        live.matchers = dict(enumerate(matchers))
+        for sequence in live.sequences.values():
+            sequence.matcher = live.matchers.pop(sequence.index)
             self._wait(sequence)
+
+    def refuse(self, request_id: str, error: str, is_refused: bool) -> list[StepOutput]:
+        """End every output of a request that was held. is_refused: as in `StepOutput`."""
+        live = self._requests[request_id]
+        self._let_go(live)
+        outputs: list[StepOutput] = []
+        for sequence in tuple(live.sequences.values()):
+            self._fail(sequence, error, outputs, is_refused)
+        return outputs
 
     def abort(self, request_id: str) -> bool:
         """End all outputs of a request now, without a StepOutput; False: there is no such one.
@@ -162,7 +208,7 @@ class Scheduler:
         return True
 
     def schedule(self) -> ScheduledStep | None:
-        """Fill the next step; None when no request is left.
+        """Fill the next step; None when no request is left that is not held.
 
         Decodes first, each one token; with more of them than the budget, in turns. Then prompt
         chunks in the policy's order, of running and of newly admitted sequences alike.
@@ -174,7 +220,9 @@ class Scheduler:
             decodes = [sequence for sequence in decodes if sequence.row >= 0]
             self._drop_ended()
         if not decodes and not chunks:
-            assert not self._requests, "requests are left, and none of them can run"
+            assert len(self._requests) == self._num_held, (
+                "requests are left, and none of them can run"
+            )
             return None
         return self._make_step(decodes, chunks)
 
@@ -304,9 +352,11 @@ class Scheduler:
         if sequence.index or not is_first or request.is_resumed:
             return [sequence]
         forks = [Sequence(request, index) for index in range(1, request.sampling.n)]
+        live = self._requests[request.request_id]
         for fork in forks:
             fork.num_cached_tokens = sequence.num_cached_tokens
-            self._requests[request.request_id].sequences[fork.index] = fork
+            fork.matcher = live.matchers.pop(fork.index, None)
+            live.sequences[fork.index] = fork
         return [sequence, *forks]
 
     def finish(self, step: ScheduledStep, output: SamplerOutput) -> list[StepOutput]:
@@ -324,7 +374,7 @@ class Scheduler:
         failed = {step.sample_sources[index] for index in output.errors} if output.errors else set()
         self._finish_chunks(step, output, failed)
         for index, error in output.errors.items():
-            self._fail_output(step.sampled[index], error, outputs)
+            self._fail_output(step.sampled[index], error, outputs, index in output.refused)
         num_failed = len(outputs)
         self._finish_decodes(step, output, outputs)
         self._finish_prompts(step, output, outputs)
@@ -352,7 +402,10 @@ class Scheduler:
         assert step.step == self._step, f"step {step.step} retracted, {self._step} runs"
         for sequence in step.sampled:
             if sequence.row < 0 and sequence.state != "finished":  # a fork: it is made again
-                del self._requests[sequence.request.request_id].sequences[sequence.index]
+                live = self._requests[sequence.request.request_id]
+                del live.sequences[sequence.index]
+                if sequence.matcher is not None:
+                    live.matchers[sequence.index] = sequence.matcher
         for sequence in step.sequences:
             if sequence.row >= 0:
                 self._kv.release(sequence)
@@ -388,26 +441,35 @@ class Scheduler:
                 fork.state = "running"
                 self._decodes.append(fork)
 
-    def _fail(self, sequence: Sequence, error: str, outputs: list[StepOutput]) -> None:
+    def _fail(
+        self, sequence: Sequence, error: str, outputs: list[StepOutput], is_refused: bool = False
+    ) -> None:
         """End a sequence, and with a prompt that has no output yet all that it would have had."""
         request = sequence.request
         is_alone = sequence.num_output_tokens or sequence.index or request.is_resumed
         if sequence.state == "finished" or is_alone:
-            self._fail_output(sequence, error, outputs)
+            self._fail_output(sequence, error, outputs, is_refused)
             return
         live = self._requests[request.request_id]
         for index in range(request.sampling.n):
             fork = live.sequences.get(index)
             if fork is not None:
-                self._fail_output(fork, error, outputs)
+                self._fail_output(fork, error, outputs, is_refused)
             else:
                 unborn = StepOutput(
-                    request.request_id, index, (), finish_reason="error", error=error
+                    request.request_id,
+                    index,
+                    (),
+                    finish_reason="error",
+                    error=error,
+                    is_refused=is_refused,
                 )
                 outputs.append(unborn)
                 self.counts.num_finished["error"] += 1
 
-    def _fail_output(self, sequence: Sequence, error: str, outputs: list[StepOutput]) -> None:
+    def _fail_output(
+        self, sequence: Sequence, error: str, outputs: list[StepOutput], is_refused: bool = False
+    ) -> None:
         if sequence.state == "finished":
             return
         is_first = sequence.num_output_tokens == 0
@@ -422,6 +484,7 @@ class Scheduler:
                 _prompt_logprobs(sequence) if is_first else None,
                 error,
                 sequence.num_cached_tokens if is_first else 0,
+                is_refused=is_refused,
             )
         )
 
@@ -445,8 +508,8 @@ class Scheduler:
             live = requests[request_id]
             if output.logprobs is not None:
                 logprobs = _entry(output.logprobs[index])
-            if token in live.stop_ids or length + 1 >= live.end_length:
-                reason = live.finish_reason(length + 1, token)
+            if token in live.stop_ids or length + 1 >= live.check_length:
+                reason = live.finish_reason(sequence)
                 if reason is not None:
                     self._end(sequence, reason)
                 report(StepOutput(request_id, sequence.index, (token,), logprobs, reason))
@@ -464,8 +527,7 @@ class Scheduler:
             token, request_id = output.token_ids[index], sequence.request.request_id
             sequence.token_ids.append(token)
             is_first = sequence.num_output_tokens == 1
-            length = len(sequence.token_ids)
-            reason = self._requests[request_id].finish_reason(length, token)
+            reason = self._requests[request_id].finish_reason(sequence)
             if reason is not None:
                 self._end(sequence, reason)
             elif sequence.row < 0:
@@ -508,7 +570,12 @@ class Scheduler:
         live = self._requests[request_id]
         del live.sequences[sequence.index]
         if not live.sequences:
+            self._let_go(live)
             del self._requests[request_id]
+
+    def _let_go(self, live: _Live) -> None:
+        self._num_held -= live.is_held
+        live.is_held = False
 
     def _drop_ended(self) -> None:
         """Take those who have no row any more out of the running lists."""

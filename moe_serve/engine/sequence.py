@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from moe_serve.engine.routing_log import RoutingLog
 from moe_serve.types import FinishReason, Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from moe_serve.engine.grammar import Matcher
 
 SequenceState = Literal["waiting", "running", "finished"]
 _numbers = itertools.count()
@@ -25,12 +28,13 @@ class Sequence:
     and values in the cache. number: no other sequence has it. row: its row in the block tables of
     `KVCacheManager` while it runs, else -1. routing: of its tokens, where that is asked for. `seed`
     is the base of its noise; all of its sampling is a function of the request, the index and the
-    tokens before.
+    tokens before. matcher: its place in a grammar, where its request has one.
     """
 
     __slots__ = (
         "finish_reason",
         "index",
+        "matcher",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
@@ -60,6 +64,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.routing = RoutingLog() if request.sampling.return_routed_experts else None
         self.row = -1
+        self.matcher: Matcher | None = None
         self.state: SequenceState = "waiting"
         self.finish_reason: FinishReason | None = None
 
@@ -104,7 +109,8 @@ class SamplerOutput:
 
     token_ids: one per entry of `ScheduledStep.sampled`. logprobs: likewise, or None when nobody
         asked; an entry is None where its request did not. errors: why a sampled row failed (a NaN
-        in its logits), by its index; its token id means nothing.
+        in its logits), by its index; its token id means nothing. refused: those of them that the
+        request itself has brought about.
     sequence_errors: why a sequence that ran failed as a whole (a hidden state that is not finite,
         sampled or not), by its index in `sequences`: nothing that it computed may be used again.
     prompt_logprobs: for the indices into `sequences` whose requests ask for them: the logprobs of
@@ -116,6 +122,7 @@ class SamplerOutput:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
     errors: dict[int, str] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
     sequence_errors: dict[int, str] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     routed_experts: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)

@@ -36,8 +36,8 @@ from moe_serve.text.prompts import PreparedRequest
 
 logger = logging.getLogger(__name__)
 
-# Below, tokenising takes less time than to hand it to a thread (about 0.1 ms) is worth.
-INLINE_BYTES = 4096
+# To hand work to a thread takes about 0.06 ms, to tokenise so much text about 0.4 ms.
+INLINE_BYTES = 2048
 # what a double holds exactly: a program in JavaScript can send it back
 SEED_LIMIT = 2**53
 _URL_OF_KIND = {kind: url for url, kind in KIND_OF_URL.items()}
@@ -221,7 +221,7 @@ class Call:
             self.asked = asked
             given = asked.sampling.seed
             self.seed = secrets.randbelow(SEED_LIMIT) if given is None else given
-            unique = uuid.uuid4().hex
+            unique = next(state.counter)
             return [
                 maker.make(
                     prompt,

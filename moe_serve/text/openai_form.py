@@ -19,7 +19,13 @@ from moe_serve.text.openai_logprobs import (
     prompt_logprobs,
 )
 from moe_serve.text.prompts import Prompt, RequestMaker
-from moe_serve.types import CompletionOutput, RequestOutput, SamplingParams, checked_integer
+from moe_serve.types import (
+    CompletionOutput,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputs,
+    checked_integer,
+)
 
 Kind = Literal["completion", "chat"]
 
@@ -29,7 +35,7 @@ KIND_OF_URL: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/compl
 SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
 COMMON_FIELDS = frozenset(
     {"model", "user", "stream", "priority", "cache_salt", "add_special_tokens"}
-    | {"truncate_prompt_tokens", "return_token_ids"}
+    | {"truncate_prompt_tokens", "return_token_ids", "response_format"}
 )
 OWN_FIELDS: dict[Kind, frozenset[str]] = {
     "completion": COMMON_FIELDS | {"prompt", "echo", "suffix", "best_of"},
@@ -49,6 +55,8 @@ FLAGS = (
     "stream", "echo", "return_token_ids", "add_special_tokens", "add_generation_prompt",
     "continue_final_message",
 )  # fmt: skip
+_FORMATS = ("text", "json_object", "json_schema")
+_SCHEMA = "response_format.json_schema"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +127,11 @@ def read_body(
 
 def named_field(message: str, kind: Kind) -> str | None:
     """Return the field that an error of `read_body` is about: its message begins with it."""
-    found = re.match(r"(?:parameter '|the )?(\w+)", message)
+    found = re.match(r"(?:parameter '|the (?=prompt ))?(\w+)", message)
     name = found.group(1) if found else ""
     if name == "prompt":
         return "prompt" if kind == "completion" else "messages"
-    if message.startswith("chat template"):
+    if message.startswith(("chat template", "the model has no chat template")):
         return "messages"
     known = SAMPLING_FIELDS | OWN_FIELDS[kind] | SERVER_FIELDS
     return name if name in known or message.startswith("parameter '") else None
@@ -144,8 +152,9 @@ def _check_known(kind: Kind, given: Mapping[str, Any], is_served: bool) -> None:
             raise RequestError(f"{name} is {value!r:.80}; it must be true or false")
     if given.get("stream") and not is_served:
         raise RequestError("stream is True; only False is supported here")
-    if given.get("stream") and "prompt_logprobs" in given:
-        raise RequestError("prompt_logprobs cannot be streamed: leave stream out")
+    for name in ("prompt_logprobs", "return_routed_experts"):
+        if given.get("stream") and name in given and given[name] is not False:
+            raise RequestError(f"{name} cannot be streamed: leave stream out")
     for name in ("model", "user", "request_id"):
         if name in given and not isinstance(given[name], str):
             raise RequestError(f"{name} is {given[name]!r:.80}; it must be text")
@@ -177,6 +186,11 @@ def _read_sampling(
     options.update({name: value for name, value in given.items() if name in SAMPLING_FIELDS})
     if "logit_bias" in given:
         options["logit_bias"] = _read_logit_bias(given["logit_bias"])
+    if "response_format" in given:
+        asked = _read_response_format(given["response_format"])
+        if asked is not None and "structured_outputs" in given:
+            raise RequestError("response_format and structured_outputs are both given; give one")
+        options["structured_outputs"] = asked or options["structured_outputs"]
     if kind == "chat":
         _read_chat_options(given, options)
     sampling = SamplingParams.from_mapping(options)
@@ -208,6 +222,44 @@ def _read_logit_bias(value: object) -> dict[int, Any]:
         if not (token.isascii() and token.isdecimal() and len(token) <= 10):
             raise RequestError(f"logit_bias has the name {token!r:.80}; names are token ids")
     return {int(token): bias for token, bias in value.items()}
+
+
+def _read_response_format(value: object) -> StructuredOutputs | None:
+    """Return what {"type": ...} asks for; None: for nothing. Schemas are always kept to."""
+    if not isinstance(value, dict):
+        raise RequestError(f"response_format is {value!r:.80}; it must be an object with a type")
+    form = value.get("type")
+    if form not in _FORMATS:
+        raise RequestError(
+            f"response_format.type is {form!r:.80}{nearest(str(form), _FORMATS)} "
+            f"(there are: {', '.join(_FORMATS)})"
+        )
+    _refuse_others("response_format", value, ["type", "json_schema"][: 1 + (form == _FORMATS[2])])
+    if form == "text":
+        return None
+    if form == "json_object":
+        return StructuredOutputs(json_object=True)
+    described = value.get("json_schema")
+    if not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
+        raise RequestError(f"{_SCHEMA} is {described!r:.80}; it must be an object with a schema")
+    _refuse_others(_SCHEMA, described, ["name", "description", "schema", "strict"])
+    for name, kind in (("name", str), ("description", str), ("strict", bool)):
+        if not isinstance(described.get(name), kind | None):
+            raise RequestError(
+                f"{_SCHEMA}.{name} is {described[name]!r:.80}; it must be "
+                f"{'text' if kind is str else 'true or false'}"
+            )
+    try:
+        return StructuredOutputs(json=described["schema"])
+    except RequestError as error:
+        message = str(error).replace("structured_outputs.json", f"{_SCHEMA}.schema")
+        raise RequestError(message) from error
+
+
+def _refuse_others(where: str, value: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in value:
+        if name not in known:
+            raise RequestError(f"{where} has {name!r:.80}{nearest(name, known)}")
 
 
 def _read_prompts(
@@ -334,6 +386,8 @@ def _choice(
     end: dict[str, Any] = {"index": first + one.index, "finish_reason": one.finish_reason}
     if asked.has_token_ids:
         end["token_ids"] = list(one.token_ids)
+    if one.routed_experts is not None:  # of each token: of each layer with experts, those it used
+        end["routed_experts"] = one.routed_experts.array().tolist()
     num_top = asked.sampling.logprobs
     if asked.kind == "completion":
         text = prompt_text(output, names) + one.text if asked.echo else one.text

@@ -31,13 +31,17 @@ class OutputState:
         sampling: SamplingParams,
         detokenizer: Detokenizer | None,
         routing: OutputRouting,
+        end_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """end_ids: the tokens that end a text, and are no part of it."""
         self.index = index
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
+        self.is_refused = False
+        self._end_ids = end_ids
         self._sampling = sampling
         self._detokenizer = detokenizer
         self._stop = StopStrings(sampling.stop)
@@ -53,7 +57,8 @@ class OutputState:
             if step.logprobs:
                 self.logprobs.append(step.logprobs[position])
             is_last = position == len(step.token_ids) - 1
-            if is_last and step.finish_reason == "stop" and not self._shows_stop_token:
+            ends = is_last and step.finish_reason == "stop" and token_id in self._end_ids
+            if ends and not self._shows_stop_token:
                 continue  # an end token, or one of stop_token_ids, ends the text before it
             if self._detokenizer is not None and self._show(self._detokenizer.push(token_id)):
                 self.finish_reason = "stop"
@@ -61,6 +66,7 @@ class OutputState:
         if step.finish_reason is None:
             return False
         self.finish_reason, self.error = step.finish_reason, step.error
+        self.is_refused = step.is_refused
         if self._detokenizer is not None and self._show(self._detokenizer.finish()):
             self.finish_reason = "stop"
             return True
@@ -95,6 +101,7 @@ class OutputState:
             finish_reason=self.finish_reason,
             error=self.error,
             routed_experts=self.routing.together() if self.token_ids else None,
+            is_refused=self.is_refused,
         )
 
 
@@ -109,6 +116,8 @@ class RequestState:
         self.request = request
         self.prompt = prompt
         routing = PromptRouting(len(request.prompt_ids))
+        eos_ids = frozenset() if sampling.ignore_eos else request.eos_token_ids
+        end_ids = eos_ids.union(sampling.stop_token_ids)
         self.outputs = [
             OutputState(
                 index,
@@ -117,6 +126,7 @@ class RequestState:
                 if tokenizer is None
                 else make_detokenizer(tokenizer, request.prompt_ids, skips),
                 OutputRouting(routing),
+                end_ids,
             )
             for index in range(sampling.n)
         ]
@@ -150,9 +160,9 @@ class RequestState:
         return has_stop_string and step.finish_reason is None
 
     def fail(self, why: str) -> None:
-        """End a request that never ran: finish_reason "error" for all its outputs, and no times."""
+        """End a request that was refused: finish_reason "error" for all its outputs, no times."""
         for output in self.outputs:
-            output.finish_reason, output.error = "error", why
+            output.finish_reason, output.error, output.is_refused = "error", why, True
         self._num_unfinished = 0
 
     def abort(self) -> None:

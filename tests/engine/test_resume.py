@@ -96,6 +96,20 @@ def test_an_output_that_has_ended_does_not_come_back() -> None:
     assert tokens_of(rest["r0", 1]) == tokens[2:]
 
 
+@pytest.mark.parametrize("num_steps", [1, 6])
+def test_a_grammar_goes_on_where_it_was(num_steps: int) -> None:
+    forms = {"structured_outputs": {"regex": "[a-z]{4} [0-9]{6,9} [A-Z]{5}"}, "n": 2}
+    given = requests(**forms)
+    whole = run(given)
+    first = {key: outputs[:num_steps] for key, outputs in whole.items()}
+    rest = [part for request in given if (part := resumed(request, first)) is not None]
+    assert rest
+    second = run(rest)
+    for key, outputs in whole.items():
+        parts = [*first.get(key, []), *second.get(key, [])]
+        assert tokens_of(parts) == tokens_of(outputs), key
+
+
 def test_prompt_logprobs_are_not_told_again() -> None:
     request = requests(prompt_logprobs=1, n=1)[1]
     whole = run([request])["r1", 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_serve.engine.grammar import Matcher
+from moe_serve.engine.grammar_compiler import GrammarError
 from moe_serve.engine.sampler import Sampler
 from moe_serve.engine.sequence import SamplerOutput, Sequence
 from moe_serve.kernels.sampling import reference
@@ -485,3 +487,54 @@ def test_prompt_logprobs_equal_those_of_sampling_to_the_bit(make_sampler: MakeSa
     without_top = sampler.prompt_logprobs(logits[3:4], next_ids[3:4], top=0)
     assert without_top == [TokenLogprobs(prompt[3].token_id, prompt[3].logprob, 1)]
     assert sampler.prompt_logprobs(logits[:0], next_ids[:0], top=3) == []
+
+
+class Allowing:
+    """A grammar that allows some ids of eight, or fails."""
+
+    def __init__(self, *ids: int, error: str | None = None) -> None:
+        self.ids = list(ids)
+        self.error = error
+
+    def allowed(self, token_ids: list[int]) -> npt.NDArray[np.bool_]:
+        if self.error is not None:
+            raise GrammarError(self.error)
+        mask = np.zeros(8, np.bool_)
+        mask[self.ids] = True
+        return mask
+
+
+def test_a_grammar_is_a_mask_before_all_else(make_sampler: MakeSampler) -> None:
+    sampler = make_sampler(8)
+    logits = torch.arange(8.0).repeat(7, 1)
+    logits[5, 3] = torch.nan
+    cases: list[tuple[dict[str, Any], Allowing | None, int | None]] = [
+        ({"temperature": 0.0}, Allowing(1, 4), 4),
+        ({"temperature": 0.0}, None, 7),
+        ({"temperature": 0.0, "logit_bias": {1: 5.0, 7: 50.0}, "logprobs": 1}, Allowing(1, 4), 1),
+        ({"temperature": 1.0, "top_k": 1, "allowed_token_ids": [2, 7]}, Allowing(1, 2, 6), 2),
+        ({"temperature": 0.0, "allowed_token_ids": [2, 7]}, Allowing(1, 4), None),
+        ({"temperature": 0.0}, Allowing(1), None),
+        ({"temperature": 0.0}, Allowing(error="too many states"), None),
+    ]
+    rows = []
+    for options, matcher, _ in cases:
+        form = None if matcher is None else {"regex": "a"}
+        rows.append(make_sequence(**options, structured_outputs=form))
+        rows[-1].matcher = cast("Matcher | None", matcher)
+    before = logits.clone()
+    output = sampler.sample(logits, rows)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+    for row, (_, _, expected) in enumerate(cases):
+        assert (row in output.errors) == (expected is None)
+        if expected is not None:
+            assert output.token_ids[row] == expected
+    assert output.refused == {4, 6}, "a NaN is nobody's wish"
+    assert output.errors[6] == "structured_outputs: too many states"
+    assert output.logprobs is not None
+    assert output.logprobs[2] is not None
+    assert output.logprobs[2].top[0][0] == 7, "the model's own distribution"
+    random = [make_sequence(seed=seed, structured_outputs={"regex": "a"}) for seed in range(40)]
+    for sequence in random:
+        sequence.matcher = cast(Matcher, Allowing(3, 5))
+    assert set(sampler.sample(torch.zeros(40, 8), random).token_ids) == {3, 5}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from moe_serve import plugin
+from moe_serve.engine.grammar import Matcher
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.scheduler import Scheduler
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep, Sequence
@@ -480,3 +481,97 @@ def test_steps_must_be_finished_in_turn() -> None:
     engine.schedule()
     with pytest.raises(AssertionError, match="step 1 finished, 2 runs"):
         engine.finish(old, SamplerOutput([PLAIN]))
+
+
+class Countdown:
+    """A grammar that is complete after so many tokens of output."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def is_complete(self, token_ids: list[int]) -> bool:
+        return len(token_ids) - 3 >= self.num_tokens
+
+
+def matchers(*lengths: int) -> list[Matcher]:
+    return [cast(Matcher, Countdown(length)) for length in lengths]
+
+
+def structured(name: str, **options: Any) -> Request:
+    return request(name, (1, 2, 3), structured_outputs={"regex": "a"}, **options)
+
+
+def test_a_request_that_is_held_is_in_nobodys_way() -> None:
+    engine = scheduler()
+    engine.add(structured("held", n=2, max_tokens=9), is_held=True)
+    assert engine.schedule() is None
+    assert (engine.num_waiting, engine.has_unfinished) == (1, True)
+    engine.add(request("plain", (1, 2), max_tokens=2))
+    given = [output.request_id for _ in range(2) for output in run_step(engine)[1]]
+    assert given == ["plain", "plain"]
+    engine.release("held", matchers(4, 2))
+    outputs = run_all(engine)
+    assert [len(outputs["held", index]) for index in (0, 1)] == [4, 2]
+    assert {steps[-1].finish_reason for steps in outputs.values()} == {"stop"}
+    assert engine.num_waiting == 0
+
+
+def test_a_held_request_keeps_its_place_in_the_order() -> None:
+    engine = scheduler(max_num_seqs=1)
+    engine.add(structured("first"), is_held=True)
+    engine.add(request("second", (1, 2)))
+    engine.release("first", matchers(1))
+    assert run_step(engine)[0].sampled[0].request.request_id == "first"
+
+
+def test_a_held_request_can_be_refused_or_aborted() -> None:
+    engine = scheduler()
+    engine.add(structured("held", n=3), is_held=True)
+    outputs = engine.refuse("held", "no such form", True)
+    assert [output.index for output in outputs] == [0, 1, 2]
+    for output in outputs:
+        assert (output.finish_reason, output.error) == ("error", "no such form")
+        assert output.is_refused
+    assert not engine.has_unfinished
+    engine.add(structured("held"), is_held=True)
+    assert engine.abort("held")
+    assert (engine.num_waiting, engine.has_unfinished) == (0, False)
+    assert engine.schedule() is None
+
+
+def test_forks_keep_their_matchers_when_a_step_is_retracted() -> None:
+    engine = scheduler()
+    engine.add(structured("r", n=3, max_tokens=9), is_held=True)
+    given = matchers(1, 2, 3)
+    engine.release("r", given)
+    step = engine.schedule()
+    assert step is not None
+    assert [sequence.matcher for sequence in step.sampled] == given
+    engine.retract(step)
+    step = engine.schedule()
+    assert step is not None
+    assert [sequence.matcher for sequence in step.sampled] == given
+    engine.retract(step)
+    assert [len(steps) for steps in run_all(engine).values()] == [1, 2, 3]
+
+
+def test_the_end_of_a_form_goes_before_the_end_of_the_length() -> None:
+    engine = scheduler()
+    for name, length, max_tokens in (("both", 3, 3), ("length", 4, 3), ("stop", 2, 3)):
+        engine.add(structured(name, max_tokens=max_tokens), is_held=True)
+        engine.release(name, matchers(length))
+    reasons = {name: steps[-1].finish_reason for (name, _), steps in run_all(engine).items()}
+    assert reasons == {"both": "stop", "length": "length", "stop": "stop"}
+
+
+def test_an_output_that_its_request_made_fail_says_so() -> None:
+    engine = scheduler()
+    engine.add(request("r", (1, 2), n=2))
+    step = engine.schedule()
+    assert step is not None
+    failed = SamplerOutput([PLAIN, PLAIN], errors={0: "a NaN", 1: "no token"}, refused={1})
+    outputs = engine.finish(step, failed)
+    assert [(output.error, output.is_refused) for output in outputs] == [
+        ("a NaN", False),
+        ("no token", True),
+    ]

@@ -52,5 +52,8 @@ class Served:
         self._server = uvicorn.Server(config)
         self._is_up.set()
         await self._server.serve(sockets=[self._socket])
-        client.connection_lost(None)
+        self.host.hang_up()
+        while client.ended is None:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.005)  # the socket is closed after the client was told
         self.state.close()

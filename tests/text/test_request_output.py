@@ -14,6 +14,7 @@ from moe_serve.text.tokenizer import Tokenizer, load_tokenizer
 from moe_serve.types import FinishReason, Request, RoutedExperts, SamplingParams, StepOutput
 
 ROOT = Path(__file__).resolve().parents[2]
+END = 41  # of the requests here; "H"
 EOS = 0
 
 
@@ -34,7 +35,11 @@ def play(
 ) -> tuple[RequestState, list[str], bool]:
     """Feed tokens to one request; return it, its text after each step, and whether it was cut."""
     request = Request(
-        request_id="r", prompt_ids=(41,), sampling=SamplingParams(**sampling), arrival_s=10.0
+        request_id="r",
+        prompt_ids=(41,),
+        sampling=SamplingParams(**sampling),
+        eos_token_ids=frozenset({END}),
+        arrival_s=10.0,
     )
     state = RequestState(request, None, tokenizer)
     texts = []
@@ -118,10 +123,23 @@ def test_half_a_character_at_the_end_is_marked(tokenizer: Tokenizer) -> None:
 def test_an_end_token_is_in_the_tokens_and_not_in_the_text(
     tokenizer: Tokenizer, shown: bool
 ) -> None:
-    ids = [*tokenizer.encode("the end"), 41]
+    ids = [*tokenizer.encode("the end"), END]
     state, _, _ = play(tokenizer, ids, "stop", include_stop_str_in_output=shown)
     assert state.outputs[0].text == ("the endH" if shown else "the end")
     assert state.outputs[0].token_ids == ids
+    ids[-1] = 42
+    state, _, _ = play(tokenizer, ids, "stop", stop_token_ids=[42])
+    assert state.outputs[0].text == "the end"
+
+
+def test_an_output_that_stops_at_no_end_token_shows_its_last_one(tokenizer: Tokenizer) -> None:
+    for ids, params in (
+        (tokenizer.encode("{}"), {}),
+        ([*tokenizer.encode("the end"), END], {"ignore_eos": True}),
+    ):
+        state, _, _ = play(tokenizer, ids, "stop", **params)
+        assert state.outputs[0].text == tokenizer.decode(ids)
+        assert state.outputs[0].finish_reason == "stop"
 
 
 def test_special_tokens_show_when_asked(tokenizer: Tokenizer) -> None:
@@ -168,11 +186,12 @@ def test_experts_of_tokens_are_put_together_and_may_come_again() -> None:
 def test_an_error_is_told_and_ends_the_request(tokenizer: Tokenizer) -> None:
     request = Request(request_id="r", prompt_ids=(41,), sampling=SamplingParams(n=2))
     state = RequestState(request, "H", tokenizer)
-    state.update(StepOutput("r", 0, (), finish_reason="error", error="a NaN"), 1.0)
+    state.update(StepOutput("r", 0, (), finish_reason="error", error="a NaN", is_refused=True), 1.0)
     assert not state.is_finished
     state.update(StepOutput("r", 1, (41,), finish_reason="length"), 1.0)
     first, second = state.output().outputs
     assert (first.finish_reason, first.error, first.text) == ("error", "a NaN", "")
+    assert (first.is_refused, second.is_refused) == (True, False)
     assert (second.finish_reason, second.text) == ("length", "H")
     assert state.output().finished
 
