@@ -14,10 +14,12 @@ import argparse
 import asyncio
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +33,6 @@ from benchmarks.serving.served import (
     Served,
     served,
     shared_memory,
-    temporary_folders,
     wait_until_gone,
 )
 from benchmarks.serving.streams import Stream, run_stream
@@ -97,26 +98,40 @@ class Drain:
         )
 
 
-class _Before:
-    """What there was of a server, to see that nothing is left of it."""
+class _Place:
+    """Where a server is, to see that nothing is left of it. It makes its folders in one of its own.
 
-    def __init__(self, memory: set[str], folders: set[str]) -> None:
-        self._memory, self._folders = memory, folders
-        self._pids: list[int] = []
+    environment: with which it is to be started.
+    """
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="drain-"))
+        self.environment = {"TMPDIR": str(self._folder)}
+        self._memory = shared_memory()
+        self._pids: set[int] = set()
         self._port = 0
 
-    @classmethod
-    def start(cls) -> _Before:
-        return cls(shared_memory(), temporary_folders())
-
     def note(self, server: Served) -> None:
-        self._pids = sorted({*self._pids, *server.processes().values()})
+        """Take note of a server's processes and port."""
+        self._pids.update(server.processes().values())
         self._port = server.port
 
+    def note_below(self, pid: int) -> int:
+        """Take note of all processes below `pid`; return how many there are."""
+        found = _children(pid)
+        self._pids |= found
+        return len(found)
+
+    def wait(self, limit_s: float) -> None:
+        """Wait until the processes are gone, or so long."""
+        wait_until_gone(list(self._pids), limit_s)
+
     def left(self) -> list[str]:
-        found = [f"process {pid}" for pid in wait_until_gone(self._pids, 2.0)]
+        """Return what is left, and remove the folder."""
+        found = [f"process {pid}" for pid in wait_until_gone(list(self._pids), 2.0)]
         found += [f"/dev/shm/{name}" for name in shared_memory() - self._memory]
-        found += [f"folder {name}" for name in temporary_folders() - self._folders]
+        found += [f"folder {path.name}" for path in self._folder.iterdir()]
+        shutil.rmtree(self._folder)
         with socket.socket() as probe:
             if self._port and probe.connect_ex(("127.0.0.1", self._port)) == 0:
                 found.append(f"port {self._port}")
@@ -203,11 +218,11 @@ def whole(
 ) -> Drain:
     """There is time for all streams."""
     drain = Drain(f"{numbers[0].name}{' to all' if to_all else ''}", 30.0 + EXIT_S)
-    before = _Before.start()
-    with served(*FLAGS, "--shutdown-timeout", "30") as server:
-        before.note(server)
+    place = _Place()
+    with served(*FLAGS, "--shutdown-timeout", "30", environment=place.environment) as server:
+        place.note(server)
         asyncio.run(_drain(server, drain, bodies(chance, 500), numbers, to_all=to_all))
-        drain.left = before.left()
+        drain.left = place.left()
     if drain.num_whole < NUM_STREAMS:
         drain.faults.append(f"{NUM_STREAMS - drain.num_whole} streams were not whole")
     if not drain.refused:
@@ -228,11 +243,13 @@ def of_all(chance: random.Random) -> Drain:
 def cut(chance: random.Random) -> Drain:
     """There is too little time."""
     drain = Drain("too little time", _SHORT_S + EXIT_S)
-    before = _Before.start()
-    with served(*FLAGS, "--shutdown-timeout", f"{_SHORT_S:g}") as server:
-        before.note(server)
+    place = _Place()
+    with served(
+        *FLAGS, "--shutdown-timeout", f"{_SHORT_S:g}", environment=place.environment
+    ) as server:
+        place.note(server)
         asyncio.run(_drain(server, drain, bodies(chance, 990, 4), (signal.SIGTERM,)))
-        drain.left = before.left()
+        drain.left = place.left()
     if drain.num_cut < NUM_STREAMS:
         drain.faults.append(f"{drain.num_cut} streams ended with an error, not {NUM_STREAMS}")
     return drain
@@ -241,38 +258,39 @@ def cut(chance: random.Random) -> Drain:
 def twice(chance: random.Random) -> Drain:
     """A second signal: at once."""
     drain = Drain("twice", AT_ONCE_S, wanted_code=STOPPED)
-    before = _Before.start()
-    with served(*FLAGS) as server:
-        before.note(server)
+    place = _Place()
+    with served(*FLAGS, environment=place.environment) as server:
+        place.note(server)
         numbers = (signal.SIGTERM, signal.SIGTERM)
         asyncio.run(_drain(server, drain, bodies(chance, 990, 4), numbers))
-        drain.left = before.left()
+        drain.left = place.left()
     return drain
 
 
 def loading(chance: random.Random) -> Drain:
     """While the model is being loaded: there is nobody to wait for."""
     drain = Drain("while loading", EXIT_S)
-    before = _Before.start()
+    place = _Place()
     process = subprocess.Popen(
         [sys.executable, "-m", "moe_serve", "serve", "--port", "0", *FLAGS],
         stderr=subprocess.PIPE,
         start_new_session=True,
+        env={**os.environ, **place.environment},
     )
     assert process.stderr is not None
     # from where signals are handled on (its ranks are there) up to where it serves
-    while not (children := _children(process.pid)):
+    while not place.note_below(process.pid):
         time.sleep(0.01)
         assert process.poll() is None
     time.sleep(chance.uniform(0.3, 2.0))
-    children |= _children(process.pid)
+    place.note_below(process.pid)
     begun_s = time.monotonic()
     process.send_signal(signal.SIGTERM)
     said = process.stderr.read()
     drain.code = process.wait(60)
     process.stderr.close()
     drain.end_s = time.monotonic() - begun_s
-    drain.left = before.left() + [f"process {pid}" for pid in wait_until_gone(list(children), 2.0)]
+    drain.left = place.left()
     if b"Traceback" in said:
         drain.faults.append("a traceback was printed")
     return drain
@@ -281,23 +299,23 @@ def loading(chance: random.Random) -> Drain:
 def reforming(chance: random.Random) -> Drain:
     """While the ranks are started again."""
     drain = Drain("while ranks are lost", 30.0 + EXIT_S)
-    before = _Before.start()
-    with served(*FLAGS, "--shutdown-timeout", "30") as server:
-        before.note(server)
-        asyncio.run(_lose_and_drain(server, drain, before, chance))
-        drain.left = before.left()
+    place = _Place()
+    with served(*FLAGS, "--shutdown-timeout", "30", environment=place.environment) as server:
+        place.note(server)
+        asyncio.run(_lose_and_drain(server, drain, place, chance))
+        drain.left = place.left()
     if drain.num_whole < NUM_STREAMS:
         drain.faults.append(f"{NUM_STREAMS - drain.num_whole} streams were not whole")
     return drain
 
 
 async def _lose_and_drain(
-    server: Served, drain: Drain, before: _Before, chance: random.Random
+    server: Served, drain: Drain, place: _Place, chance: random.Random
 ) -> None:
     streams, tasks = await _running(server, bodies(chance, 500))
     os.kill(server.processes()["rank 0"], signal.SIGKILL)
     await asyncio.sleep(chance.uniform(0.1, 2.0))
-    before.note(server)
+    place.note(server)
     begun_s = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     ended = asyncio.create_task(asyncio.to_thread(server.wait))
@@ -318,7 +336,7 @@ sys.exit(subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL))
 def terminal(chance: random.Random) -> Drain:
     """The terminal that it was started in is closed."""
     drain = Drain("terminal closed", 30.0 + EXIT_S)
-    before = _Before.start()
+    place = _Place()
     ours, theirs = os.openpty()
     shell = subprocess.Popen(
         [
@@ -326,19 +344,20 @@ def terminal(chance: random.Random) -> Drain:
             sys.executable, "-m", "moe_serve", "serve", "--port", "0", *FLAGS,
         ],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env={**os.environ, **place.environment},
     )  # fmt: skip
     os.close(theirs)
     said = b""
     while b"serving at" not in said:
         said += os.read(ours, 2**12)
-    pids = _children(shell.pid)
+    place.note_below(shell.pid)
     begun_s = time.monotonic()
     shell.kill()
     shell.wait()
-    left = wait_until_gone(list(pids), drain.limit_s)
+    place.wait(drain.limit_s)
     drain.end_s = time.monotonic() - begun_s
     os.close(ours)
-    drain.left = before.left() + [f"process {pid}" for pid in left]
+    drain.left = place.left()
     return drain
 
 

@@ -10,7 +10,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -199,11 +198,6 @@ def wait_until_gone(pids: Sequence[int], limit_s: float) -> list[int]:
 def shared_memory() -> set[str]:
     """Return the names in /dev/shm."""
     return {path.name for path in Path("/dev/shm").iterdir()}
-
-
-def temporary_folders() -> set[str]:
-    """Return the names of folders that servers have made for their processes."""
-    return {path.name for path in Path(tempfile.gettempdir()).glob("moe-serve-*")}
 
 
 def _role(process: psutil.Process) -> str:
