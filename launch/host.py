@@ -156,6 +156,8 @@ class Host:
     def close(self) -> None:
         """End the signs of life."""
         self._is_over.set()
+        for end in self._wake:
+            end.close()
 
     def _turn(self, engine: ServedEngine) -> None:
         """Make one step, or wait for something to do."""
