@@ -93,7 +93,7 @@ async def _round(
     port = server.port
     seeds = random.Random(5)
     honest = [Stream(body(seeds, num_tokens)) for _ in range(NUM_HONEST)]
-    others = [body(chance, 900) for _ in range(NUM_SLOW)]
+    others = [body(chance, 3 * num_tokens) for _ in range(NUM_SLOW)]
     before = await asyncio.to_thread(use_of, server)
     if is_slow:
         tasks = [

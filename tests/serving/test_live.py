@@ -18,6 +18,6 @@ def server() -> Iterator[Served]:
 
 
 def test_live_answers_while_long_prompts_are_tokenised(server: Served) -> None:
-    found = live.run(server, 100, random.Random(1))
+    found = live.run(server, 60, random.Random(1))
     assert not found.faults
     assert found.statuses[400] >= live.NUM_PROMPTS
