@@ -48,6 +48,8 @@ from moe_serve.types import Request, StepOutput
 logger = logging.getLogger(__name__)
 
 _STATS_S = 1.0
+# after the last step: who looks then shall not see what was
+_LAST_STATS_S = 0.1
 # beyond the time that requests have to end
 _AFTER_DRAIN_S = 2.0
 
@@ -104,7 +106,8 @@ class Host:
         self._unsaid: list[StepOutput] = []
         self._num_steps = 0
         self.num_stops = 0
-        self._is_drained = False
+        self._is_draining = self._is_drained = False
+        self._drain_lock = threading.Lock()
         self._drain_end_s = float("inf")
         self._heard_s = time.monotonic()
         self._stats_s, self._counted_steps = 0.0, -1
@@ -132,7 +135,7 @@ class Host:
 
     def has_world(self) -> None:
         """For `LastingEngine.on_world`: the engine is there, or there again."""
-        self._set_state("draining" if self.num_stops else "serving", "")
+        self._set_state("draining" if self._is_draining else "serving", "")
 
     # -- its work ----------------------------------------------------------------------------------
 
@@ -175,16 +178,23 @@ class Host:
     def _is_done(self) -> bool:
         if self.num_stops == 0:
             return False
-        if self._state == "serving":
-            self._set_state("draining", "")
-            self._drain_end_s = time.monotonic() + self._shutdown_timeout_s + _AFTER_DRAIN_S
-            self._say(Drain(self._shutdown_timeout_s))
+        self._begin_drain()
         return (
             self.num_stops > 1
             or self._is_drained
             or self._front.mailbox is None
             or time.monotonic() > self._drain_end_s
         )
+
+    def _begin_drain(self) -> None:
+        """Have the front end take nothing new, once."""
+        with self._drain_lock:
+            if self._is_draining:
+                return
+            self._is_draining = True
+        self._drain_end_s = time.monotonic() + self._shutdown_timeout_s + _AFTER_DRAIN_S
+        self._set_state("draining", "")
+        self._say(Drain(self._shutdown_timeout_s))
 
     def _tell_outputs(self) -> None:
         if self._unsaid:
@@ -204,7 +214,9 @@ class Host:
             writers += [mailbox] if mailbox.has_unsent else []
         if self._waiting:
             return
-        there, _, _ = select.select(readers, writers, [], BEAT_S / 2)
+        is_told = self._counted_steps == self._num_steps
+        limit_s = BEAT_S / 2 if is_told else _LAST_STATS_S
+        there, _, _ = select.select(readers, writers, [], limit_s)
         if self._wake[0] in there:
             self._wake[0].recv(64)
 
@@ -269,7 +281,8 @@ class Host:
                     why = f"it has given no sign of life for {SILENT_AFTER_S:.0f} s"
             if why is not None:
                 self._give_up(why)
-        if now_s - self._stats_s > _STATS_S and self._counted_steps != self._num_steps:
+        interval_s = _STATS_S if engine.has_unfinished else _LAST_STATS_S
+        if now_s - self._stats_s > interval_s and self._counted_steps != self._num_steps:
             self._stats_s, self._counted_steps = now_s, self._num_steps
             lasting = engine if isinstance(engine, LastingEngine) else None
             report = StatsReport(
@@ -300,6 +313,9 @@ class Host:
         if engine is not None:
             self._say(Welcome(engine.max_model_len, engine.numerics_id, engine.about))
             self._say(self._beat_now())
+            if self._is_draining:  # the one before it was told, and this one was not
+                left_s = self._drain_end_s - _AFTER_DRAIN_S - time.monotonic()
+                self._say(Drain(max(0.0, left_s)))
 
     # -- words -------------------------------------------------------------------------------------
 
@@ -315,6 +331,8 @@ class Host:
 
     def _beat(self) -> None:
         while not self._is_over.wait(BEAT_S):
+            if self.num_stops and self._engine is not None:
+                self._begin_drain()  # the other thread may be forming a world
             self._say(self._beat_now())
 
     def _beat_now(self) -> Beat:

@@ -125,7 +125,7 @@ def serve(
     options: FrontOptions,
     on_address: Callable[[str], None],
 ) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code.
+    """Serve until SIGTERM, SIGINT or SIGHUP; return the exit code.
 
     on_address: told where it listens, once the engine is there. Raises what the engine's options
     or the model's folder refuse, and ConfigError for an address that is not to be had.
@@ -194,7 +194,10 @@ class _Stopped(BaseException):
 
 @contextmanager
 def _signals(host: Host) -> Iterator[None]:
-    """Have SIGTERM and SIGINT stop the host: at once while there is no engine, or a second time."""
+    """Have signals stop the host: at once while there is no engine, or a second time.
+
+    SIGHUP, which a terminal sends when it is closed, does so unless nohup has it ignored.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         host.stop()
@@ -202,7 +205,10 @@ def _signals(host: Host) -> Iterator[None]:
             raise _Stopped
 
     assert threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 
 START_S = 120.0
+# the shipped model has no template of its own
+CHAT_FLAGS = ("--chat-template", str(Path(__file__).with_name("chat.jinja")))
 
 
 class Served:
@@ -37,6 +39,7 @@ class Served:
             start_new_session=True,
         )
         self.log: list[str] = []
+        self.headers: dict[str, str] = {}  # of each request that this sends
         self.url = self._address()
         self.port = int(self.url.rpartition(":")[2])
         self.start_s = time.monotonic() - begun_s
@@ -92,7 +95,8 @@ class Served:
     def get(self, path: str, limit_s: float = 5.0) -> tuple[int, bytes]:
         """Return status and body; status 0: no answer."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=limit_s) as answer:
+            request = urllib.request.Request(self.url + path, headers=self.headers)
+            with urllib.request.urlopen(request, timeout=limit_s) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -102,7 +106,9 @@ class Served:
     def post(self, path: str, body: dict[str, Any], limit_s: float = 60.0) -> tuple[int, Any]:
         """Return status and what the body says; status 0: no answer."""
         request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", **self.headers},
         )
         try:
             with urllib.request.urlopen(request, timeout=limit_s) as answer:
