@@ -52,6 +52,8 @@ _STATS_S = 1.0
 _LAST_STATS_S = 0.1
 # beyond the time that requests have to end
 _AFTER_DRAIN_S = 2.0
+# until a front end's first word: what it imports may take long where all cores are busy
+_JOIN_S = 60.0
 
 
 class ServedEngine(Protocol):
@@ -110,11 +112,13 @@ class Host:
         self._drain_lock = threading.Lock()
         self._drain_end_s = float("inf")
         self._heard_s = time.monotonic()
+        self._has_joined = False
         self._stats_s, self._counted_steps = 0.0, -1
         self._wake = socket.socketpair()
         self._is_over = threading.Event()
         self.on_stats: Callable[[StatsReport], None] = lambda report: None
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heart.start()
 
     # -- what others tell it -----------------------------------------------------------------------
 
@@ -156,6 +160,9 @@ class Host:
     def close(self) -> None:
         """End the signs of life."""
         self._is_over.set()
+        # else it may be the last to hold the engine, and free it while the interpreter ends: that
+        # of tensors over Python's memory aborts the process
+        self._heart.join()
         for end in self._wake:
             end.close()
 
@@ -239,7 +246,9 @@ class Host:
                     self._waiting.append(message)
                 case Drained():
                     self._is_drained = True
-                case Join() | FrontBeat():
+                case Join():
+                    self._has_joined = True
+                case FrontBeat():
                     pass
 
     def _carry_out(self, engine: ServedEngine) -> None:
@@ -277,8 +286,9 @@ class Host:
             why = self._lost or self._front.check()
             if why is None and now_s - self._heard_s > SILENT_AFTER_S:
                 self._hear()  # this process may be the one that was frozen
-                if time.monotonic() - self._heard_s > SILENT_AFTER_S:
-                    why = f"it has given no sign of life for {SILENT_AFTER_S:.0f} s"
+                limit_s = SILENT_AFTER_S if self._has_joined else _JOIN_S
+                if time.monotonic() - self._heard_s > limit_s:
+                    why = f"it has given no sign of life for {limit_s:.0f} s"
             if why is not None:
                 self._give_up(why)
         interval_s = _STATS_S if engine.has_unfinished else _LAST_STATS_S
@@ -305,6 +315,7 @@ class Host:
             engine.abort(request_id)
         self._num_open.clear()
         self._heard_s = time.monotonic()
+        self._has_joined = False
         self._counted_steps = -1
         self._welcome()
 

@@ -27,11 +27,19 @@ CHAT_FLAGS = ("--chat-template", str(Path(__file__).with_name("chat.jinja")))
 class Served:
     """`moe-serve serve FLAGS...` on a free port, from its start to its end."""
 
-    def __init__(self, *flags: str, environment: dict[str, str] | None = None) -> None:
-        """Start it and wait until it serves; start_s: how long that took."""
+    def __init__(
+        self,
+        *flags: str,
+        environment: dict[str, str] | None = None,
+        launcher: Sequence[str] = (),
+    ) -> None:
+        """Start it and wait until it serves; start_s: how long that took.
+
+        launcher: what starts it, and is then the supervisor: a module of Python and its arguments.
+        """
         begun_s = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moe_serve", "serve", "--port", "0", *flags],
+            [sys.executable, *launcher, "-m", "moe_serve", "serve", "--port", "0", *flags],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,

@@ -13,6 +13,7 @@ import pytest
 
 from moe_serve.channel import Closed, Mailbox
 from moe_serve.errors import CapacityError, CommError, RequestError
+from moe_serve.launch import host
 from moe_serve.launch.host import Host, ServedEngine
 from moe_serve.server.messages import (
     Beat,
@@ -240,6 +241,28 @@ def test_a_front_end_that_is_gone_takes_its_requests_along(played: Played) -> No
     assert played.engine.calls == ["abort a"]
     played.say(Start(request("c")))
     assert played.tokens("c") == [*range(5)]
+
+
+def test_a_front_end_has_longer_for_its_first_word_than_for_signs_of_life(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "SILENT_AFTER_S", 0.3)
+    played.say(Start(request("a", 10**6)))  # so that there are steps, and no second between looks
+    time.sleep(0.8)
+    assert played.lost == []
+    played.say(Join())
+    end_s = time.monotonic() + LIMIT_S
+    while not played.lost:
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+    assert played.lost == ["it has given no sign of life for 0 s"]
+
+
+def test_nothing_of_a_host_lives_on_when_it_is_closed() -> None:
+    one = Played(Engine())
+    one.end()
+    # else that thread may free the engine while the interpreter ends, which aborts the process
+    assert not one.host._heart.is_alive()
 
 
 def test_what_was_counted_is_told_while_there_are_steps(played: Played) -> None:
