@@ -23,7 +23,6 @@ from moe_serve.launch.lasting import LastingEngine
 from moe_serve.launch.links import RemoteLink
 from moe_serve.server.messages import (
     BEAT_S,
-    SILENT_AFTER_S,
     Beat,
     Cancel,
     Drain,
@@ -50,10 +49,10 @@ logger = logging.getLogger(__name__)
 _STATS_S = 1.0
 # after the last step: who looks then shall not see what was
 _LAST_STATS_S = 0.1
+# a front end that is starting imports much, on a machine that may be loading a model
+_STARTS_IN_S = 60.0
 # beyond the time that requests have to end
 _AFTER_DRAIN_S = 2.0
-# until a front end's first word: what it imports may take long where all cores are busy
-_JOIN_S = 60.0
 
 
 class ServedEngine(Protocol):
@@ -82,9 +81,13 @@ class ServedEngine(Protocol):
 
 
 class Front(Protocol):
-    """Whoever a host works for. mailbox: None while there is nobody."""
+    """Whoever a host works for. mailbox: None while there is nobody.
+
+    silent_after_s: without a sign of life for so long, after its first, it is taken for frozen.
+    """
 
     mailbox: Mailbox[ToHost] | None
+    silent_after_s: float
 
     def lost(self, why: str) -> None:
         """Told that it is gone or frozen: start another one, if that is to be."""
@@ -267,9 +270,10 @@ class Host:
     def _start(self, engine: ServedEngine, request: Request) -> None:
         try:
             engine.add(request)
-        except RequestError as error:
-            kind: ErrorKind = "capacity" if isinstance(error, CapacityError) else "request"
-            self._say(Refused(request.request_id, kind, str(error)))
+        except CommError:
+            raise
+        except MoeServeError as error:
+            self._say(Refused(request.request_id, _kind_of(error), str(error)))
         else:
             self._num_open[request.request_id] = request.sampling.n
 
@@ -284,9 +288,10 @@ class Host:
         now_s = time.monotonic()
         if self._front.mailbox is not None:
             why = self._lost or self._front.check()
-            if why is None and now_s - self._heard_s > SILENT_AFTER_S:
+            limit_s = self._front.silent_after_s if self._has_joined else _STARTS_IN_S
+            if why is None and now_s - self._heard_s > limit_s:
                 self._hear()  # this process may be the one that was frozen
-                limit_s = SILENT_AFTER_S if self._has_joined else _JOIN_S
+                limit_s = self._front.silent_after_s if self._has_joined else _STARTS_IN_S
                 if time.monotonic() - self._heard_s > limit_s:
                     why = f"it has given no sign of life for {limit_s:.0f} s"
             if why is not None:
@@ -368,3 +373,9 @@ class Host:
             except CommError:
                 return
             select.select([mailbox], [], [], 0.05)
+
+
+def _kind_of(error: MoeServeError) -> ErrorKind:
+    if isinstance(error, CapacityError):
+        return "capacity"
+    return "request" if isinstance(error, RequestError) else "engine"

@@ -33,7 +33,7 @@ from moe_serve.launch.stats_line import StatsLine
 from moe_serve.launch.supervisor import child_environment, new_folder
 from moe_serve.launch.worker import Follower
 from moe_serve.server.front_end import OPTIONS_FILE, FrontOptions, write_options
-from moe_serve.server.messages import ToHost
+from moe_serve.server.messages import SILENT_AFTER_S, ToHost
 from moe_serve.server.options import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ _ORPHANED = signal.SIGUSR1
 
 class FrontEnd:
     """The process that talks to clients, and its successors."""
+
+    silent_after_s = SILENT_AFTER_S
 
     def __init__(self, listener: socket.socket, options: FrontOptions) -> None:
         self._listener = listener

@@ -89,7 +89,7 @@ def _call(
         yield "calls jinja2.Template"
     if ast.unparse(function) in ("importlib.import_module", "import_module"):
         for name in [one.value for one in arguments[:1] if isinstance(one, ast.Constant)]:
-            if str(name).partition(".")[0] in MODULES:
+            if isinstance(name, str) and name.partition(".")[0] in MODULES:
                 yield f"imports {name}"
     for keyword in keywords:
         is_false = isinstance(keyword.value, ast.Constant) and not keyword.value.value

@@ -13,9 +13,9 @@ import pytest
 
 from moe_serve.channel import Closed, Mailbox
 from moe_serve.errors import CapacityError, CommError, RequestError
-from moe_serve.launch import host
 from moe_serve.launch.host import Host, ServedEngine
 from moe_serve.server.messages import (
+    SILENT_AFTER_S,
     Beat,
     Cancel,
     Drain,
@@ -112,7 +112,12 @@ class Played:
         self.engine = engine
         self.lost: list[str] = []
         self.error: BaseException | None = None
-        self.front = cast(Any, SimpleNamespace(mailbox=None, check=lambda: None, lost=self._lost))
+        self.front = cast(
+            Any,
+            SimpleNamespace(
+                mailbox=None, check=lambda: None, lost=self._lost, silent_after_s=SILENT_AFTER_S
+            ),
+        )
         self.mailbox = self._meet()
         self.host = Host(self.front, shutdown_timeout_s)
         self.said: list[ToFront] = []
@@ -243,10 +248,8 @@ def test_a_front_end_that_is_gone_takes_its_requests_along(played: Played) -> No
     assert played.tokens("c") == [*range(5)]
 
 
-def test_a_front_end_has_longer_for_its_first_word_than_for_signs_of_life(
-    played: Played, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(host, "SILENT_AFTER_S", 0.3)
+def test_a_front_end_has_longer_for_its_first_word_than_for_signs_of_life(played: Played) -> None:
+    played.front.silent_after_s = 0.3
     played.say(Start(request("a", 10**6)))  # so that there are steps, and no second between looks
     time.sleep(0.8)
     assert played.lost == []
