@@ -309,8 +309,19 @@ async def fill(port: int, vocab_size: int = 6144) -> None:
 # -- all of them -----------------------------------------------------------------------------------
 
 
-def run(server: Served, count: int, chance: random.Random, mix: Mix, num_samples: int = 50) -> Soak:
-    """Serve `count` requests, with looks at what the server uses in between; judge them."""
+def run(
+    server: Served,
+    count: int,
+    chance: random.Random,
+    mix: Mix,
+    *,
+    num_samples: int = 50,
+    num_fills: int = 3,
+) -> Soak:
+    """Serve `count` requests, with looks at what the server uses in between; judge them.
+
+    num_fills: how often all that is bounded is filled before.
+    """
     found = Soak(count)
     server.headers = {"Authorization": f"Bearer {KEY}"}
     for _ in range(num_fills):
