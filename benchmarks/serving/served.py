@@ -79,13 +79,19 @@ class Served:
     # -- its processes -----------------------------------------------------------------------------
 
     def processes(self) -> dict[str, int]:
-        """Return {"supervisor": pid, "front end": pid, "rank 0": pid, ...} of those that live."""
+        """Return {"supervisor": pid, "front end": pid, "rank 0": pid, ...} of those that live.
+
+        A rank's own are "grammar_compiler of rank 0" and the like, the second of them with ", 2".
+        """
         found = {"supervisor": self.process.pid}
         with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self.process.pid).children(recursive=True):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            for child in sorted(children, key=lambda process: process.pid):
                 with contextlib.suppress(psutil.Error):
                     if child.status() != psutil.STATUS_ZOMBIE:
-                        found[_role(child)] = child.pid
+                        role = _role(child)
+                        same = sum(name.partition(",")[0] == role for name in found)
+                        found[f"{role}, {same + 1}" if same else role] = child.pid
         return found
 
     def listeners(self) -> list[tuple[str, int]]:
@@ -212,4 +218,6 @@ def _role(process: psutil.Process) -> str:
     command = process.cmdline()
     if "front_end" in command:
         return "front end"
-    return f"rank {process.environ().get('RANK', '?')}"
+    rank = f"rank {process.environ().get('RANK', '?')}"
+    # a rank has processes of its own, too
+    return rank if "rank" in command else f"{command[2].rpartition('.')[2]} of {rank}"

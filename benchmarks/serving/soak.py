@@ -5,7 +5,7 @@ bytes a request, files and threads not at all; whenever no request is under way 
 free, and one and the same request has one and the same answer; the log neither grows nor has a
 prompt or a key in it.
 
-    python -m benchmarks.serving.soak --requests 20000 --structured 0.1 --save
+    python -m benchmarks.serving.soak --requests 20000 --save
 
 Memory is sampled while nothing is under way, and its slope is that of least squares. What is
 bounded is filled first: the names of tokens, the short strings that the parser of bodies remembers
@@ -45,11 +45,15 @@ FLAGS = (
     *CHAT_FLAGS, "--num-kv-blocks", "1024", "--max-num-seqs", "48", "--stats-interval", "2",
 )  # fmt: skip
 WORDS = ("red", "green", "blue", "seven", "north", "lamp", "river", MARK)
-SCHEMA = {
+_SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}},
     "required": ["a", "b"],
     "additionalProperties": False,
+}
+_FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "answer", "schema": _SCHEMA, "strict": True},
 }
 CANARY: dict[str, Any] = {
     "prompt": [17, 4000, 23, 5],
@@ -78,7 +82,7 @@ class Mix:
 
     bad: float = 0.05
     aborted: float = 0.2
-    structured: float = 0.0
+    structured: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,12 @@ class Soak:
         """The samples after a tenth of the requests."""
         return [one for one in self.samples if one.num_requests >= self.num_requests / 10]
 
+    @property
+    def processes(self) -> list[str]:
+        """Those that were there all the time."""
+        first, *others = [one.uses.keys() for one in self.steady]
+        return [name for name in first if all(name in names for names in others)]
+
     def slope(self, process: str) -> float:
         """Return the bytes by which a process grows with a request."""
         requests = [float(one.num_requests) for one in self.steady]
@@ -124,7 +134,7 @@ class Soak:
         return statistics.quantiles(first, n=100)[98], statistics.quantiles(last, n=100)[98]
 
     def judge(self) -> None:
-        for process in self.steady[-1].uses:
+        for process in self.processes:
             if self.num_requests >= SLOPE_FROM and self.slope(process) > MOST_SLOPE:
                 slope = self.slope(process)
                 self.faults.append(f"{process} grows by {slope:.0f} bytes a request")
@@ -156,11 +166,7 @@ def _good(chance: random.Random, mix: Mix) -> tuple[str, dict[str, Any]]:
     if chance.random() < 0.5:
         body["seed"] = chance.randrange(2**40)
     if chance.random() < mix.structured:
-        schema = {"name": "answer", "schema": SCHEMA, "strict": True}
-        body |= {
-            "response_format": {"type": "json_schema", "json_schema": schema},
-            "max_tokens": 48,
-        }
+        body |= {"response_format": _FORMAT, "max_tokens": 48}
     words = " ".join(chance.choices(WORDS, k=chance.randint(1, 60)))
     if chance.random() < 0.5:
         if chance.random() < 0.3:
@@ -293,6 +299,8 @@ async def fill(port: int, vocab_size: int = 6144) -> None:
         words = [{"role": "user", "content": f"word {at + one}"} for one in range(4000)]
         bodies.append({"messages": words})
         paths.append("/v1/chat/completions")
+    bodies += [{"prompt": [5], "max_tokens": 8, "response_format": _FORMAT}] * 8
+    paths += ["/v1/completions"] * 8
     await asyncio.gather(
         *(ask(port, path, body, key=KEY) for path, body in zip(paths, bodies, strict=True))
     )
@@ -301,11 +309,22 @@ async def fill(port: int, vocab_size: int = 6144) -> None:
 # -- all of them -----------------------------------------------------------------------------------
 
 
-def run(server: Served, count: int, chance: random.Random, mix: Mix, num_samples: int = 50) -> Soak:
-    """Serve `count` requests, with looks at what the server uses in between; judge them."""
+def run(
+    server: Served,
+    count: int,
+    chance: random.Random,
+    mix: Mix,
+    *,
+    num_samples: int = 50,
+    num_fills: int = 3,
+) -> Soak:
+    """Serve `count` requests, with looks at what the server uses in between; judge them.
+
+    num_fills: how often all that is bounded is filled before.
+    """
     found = Soak(count)
     server.headers = {"Authorization": f"Bearer {KEY}"}
-    for _ in range(3):
+    for _ in range(num_fills):
         asyncio.run(fill(server.port))
     begun_s = time.monotonic()
     _, first = server.post("/v1/completions", CANARY)
@@ -344,7 +363,7 @@ def rows_of(found: Soak) -> list[results.Row]:
     ]
     rows += [row(f"requests: {how}", [n], "count") for how, n in sorted(found.ended.items())]
     has_slope = found.num_requests >= SLOPE_FROM
-    for process in found.steady[-1].uses:
+    for process in found.processes:
         limit = MOST_SLOPE if has_slope else None
         rows.append(
             row(f"{process}: memory a request", [found.slope(process)], "bytes", limit=limit)
@@ -375,7 +394,7 @@ def soaked(*flags: str) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--structured", type=float, default=0.0, help="share with a JSON schema")
+    parser.add_argument("--structured", type=float, default=0.1, help="share with a JSON schema")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 
 from benchmarks.serving import slow_readers
-from benchmarks.serving.served import Served, served
+from benchmarks.serving.served import Served
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    with served(*slow_readers.FLAGS) as found:
-        yield found
-
-
-def test_slow_readers_cost_others_nothing(server: Served) -> None:
-    found = slow_readers.run(server, 1, 100, random.Random(1))
+def test_slow_readers_cost_others_nothing(idle_server: Served) -> None:
+    found = slow_readers.run(idle_server, 1, 100, random.Random(1))
     # of one round on a busy machine a percentile says little; that it is taken at all is tested
     assert [fault for fault in found.faults if "time between" not in fault] == []
     assert found.ratios[0] < 10
 
 
 @pytest.mark.slow
-def test_who_reads_nothing_is_cut(server: Served) -> None:
-    assert not slow_readers.run(server, 5, 300, random.Random(1), has_cut=True).faults
+def test_who_reads_nothing_is_cut(idle_server: Served) -> None:
+    assert not slow_readers.run(idle_server, 5, 300, random.Random(1), has_cut=True).faults

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from benchmarks.serving import sockets
-from benchmarks.serving.served import Served, served
+from benchmarks.serving.served import Served
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    with served(*sockets.FLAGS) as found:
-        yield found
-
-
-def test_bad_clients_harm_nobody(server: Served) -> None:
+def test_bad_clients_harm_nobody(idle_server: Served) -> None:
     # slow bodies are ended after half a minute: those are for the long form
-    found = sockets.run(server, sockets.Counts(slow_heads=60, slow_bodies=0, others=3), 40)
+    found = sockets.run(idle_server, sockets.Counts(slow_heads=60, slow_bodies=0, others=3), 40)
     # of so few samples the 99th percentile is the largest one
     assert [fault for fault in found.faults if "first token" not in fault] == []
     assert found.bad.ended["slow head: 408"] == 60
@@ -27,7 +19,7 @@ def test_bad_clients_harm_nobody(server: Served) -> None:
 
 
 @pytest.mark.slow
-def test_many_bad_clients_harm_nobody(server: Served) -> None:
-    found = sockets.run(server, sockets.Counts(), 200)
+def test_many_bad_clients_harm_nobody(idle_server: Served) -> None:
+    found = sockets.run(idle_server, sockets.Counts(), 200)
     assert not found.faults
     assert found.bad.ended["slow body: 408"] == 50
