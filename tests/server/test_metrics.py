@@ -74,6 +74,13 @@ def metrics() -> Metrics:
     return Metrics(client, state)
 
 
+def told_all(metrics: Metrics) -> None:
+    """Let a server's metrics have everything there is to tell of."""
+    metrics._state.on_finished(finished())
+    metrics._state.on_finished(finished(status=400, finish_reasons=()))
+    metrics._client.report = StatsReport(stats(), 3, 1)
+
+
 def samples(metrics: Metrics) -> dict[str, float]:
     text, media_type = metrics.exposition()
     assert media_type.startswith("text/plain")
