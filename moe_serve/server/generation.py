@@ -194,13 +194,15 @@ class Call:
         state = self.state
         check_content_type(self._scope)
         data = await read_all(receive, state.limits.body_bytes)
-        prepared = await in_thread(state, self._prepare, data)
-        state.register(self.response_id, self)
-        for one in prepared:
-            try:
+        try:
+            if state.client.welcome is not None:
+                state.client.check()  # who is asked for too much must not work to refuse it
+            prepared = await in_thread(state, self._prepare, data)
+            state.register(self.response_id, self)
+            for one in prepared:
                 self.runnings.append(state.client.start(one, self._news))
-            except Unavailable as error:
-                raise _failure(error) from error
+        except Unavailable as error:
+            raise _failure(error) from error
         loop = asyncio.get_running_loop()
         self._watcher = loop.create_task(self._watch(receive))
         spent_s = time.monotonic() - self.begun_s
