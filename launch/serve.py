@@ -33,7 +33,7 @@ from moe_serve.launch.stats_line import StatsLine
 from moe_serve.launch.supervisor import child_environment, new_folder
 from moe_serve.launch.worker import Follower
 from moe_serve.server.front_end import OPTIONS_FILE, FrontOptions, write_options
-from moe_serve.server.messages import ToHost
+from moe_serve.server.messages import SILENT_AFTER_S, ToHost
 from moe_serve.server.options import ServerConfig
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ _ORPHANED = signal.SIGUSR1
 
 class FrontEnd:
     """The process that talks to clients, and its successors."""
+
+    silent_after_s = SILENT_AFTER_S
 
     def __init__(self, listener: socket.socket, options: FrontOptions) -> None:
         self._listener = listener
@@ -130,7 +132,7 @@ def serve(
     options: FrontOptions,
     on_address: Callable[[str], None],
 ) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code.
+    """Serve until SIGTERM, SIGINT or SIGHUP; return the exit code.
 
     on_address: told where it listens, once the engine is there. Raises what the engine's options
     or the model's folder refuse, and ConfigError for an address that is not to be had.
@@ -201,9 +203,10 @@ class _Stopped(BaseException):
 
 @contextmanager
 def _signals(host: Host) -> Iterator[None]:
-    """Have SIGTERM and SIGINT stop the host: at once while there is no engine, or a second time.
+    """Have signals stop the host: at once while there is no engine, or a second time.
 
-    So does the end of torchrun's agent, but it is one end however often it is heard.
+    SIGHUP, which a terminal sends when it is closed, does so unless nohup has it ignored. So does
+    the end of torchrun's agent, but it is one end however often it is heard.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -214,7 +217,9 @@ def _signals(host: Host) -> Iterator[None]:
             raise _Stopped
 
     assert threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT, _ORPHANED)
+    numbers = [signal.SIGTERM, signal.SIGINT, _ORPHANED]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

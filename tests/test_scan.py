@@ -88,9 +88,9 @@ def _call(
     if ast.unparse(function) == "jinja2.Template":
         yield "calls jinja2.Template"
     if ast.unparse(function) in ("importlib.import_module", "import_module"):
-        for name in [ast.literal_eval(a) for a in arguments[:1] if isinstance(a, ast.Constant)]:
-            if str(name).partition(".")[0] in MODULES:
-                yield f"imports {name!r}"
+        for name in [one.value for one in arguments[:1] if isinstance(one, ast.Constant)]:
+            if isinstance(name, str) and name.partition(".")[0] in MODULES:
+                yield f"imports {name}"
     for keyword in keywords:
         is_false = isinstance(keyword.value, ast.Constant) and not keyword.value.value
         if keyword.arg in KEYWORDS and not is_false:

@@ -111,9 +111,9 @@ def test_routes() -> None:
     parts = {path for path in ROUTES if path.startswith("/dashboard/")} - {"/dashboard/data"}
     assert set(told) == set(ROUTES) - parts
     for path, (method, key) in told.items():
-        route = ROUTES[path]
-        assert key == ("no" if route.access == "open" else "yes"), path
-        is_post = route.generates or path in SMALL_BODIES
+        known = ROUTES[path]
+        assert key == ("no" if known.access == "open" else "yes"), path
+        is_post = known.generates or path in SMALL_BODIES
         assert method == ("POST" if is_post else "GET"), path
 
 

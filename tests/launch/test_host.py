@@ -13,9 +13,9 @@ import pytest
 
 from moe_serve.channel import Closed, Mailbox
 from moe_serve.errors import CapacityError, CommError, RequestError
-from moe_serve.launch import host
 from moe_serve.launch.host import Host, ServedEngine
 from moe_serve.server.messages import (
+    SILENT_AFTER_S,
     Beat,
     Cancel,
     Drain,
@@ -112,7 +112,12 @@ class Played:
         self.engine = engine
         self.lost: list[str] = []
         self.error: BaseException | None = None
-        self.front = cast(Any, SimpleNamespace(mailbox=None, check=lambda: None, lost=self._lost))
+        self.front = cast(
+            Any,
+            SimpleNamespace(
+                mailbox=None, check=lambda: None, lost=self._lost, silent_after_s=SILENT_AFTER_S
+            ),
+        )
         self.mailbox = self._meet()
         self.host = Host(self.front, shutdown_timeout_s)
         self.said: list[ToFront] = []
@@ -243,10 +248,8 @@ def test_a_front_end_that_is_gone_takes_its_requests_along(played: Played) -> No
     assert played.tokens("c") == [*range(5)]
 
 
-def test_a_front_end_has_longer_for_its_first_word_than_for_signs_of_life(
-    played: Played, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(host, "SILENT_AFTER_S", 0.3)
+def test_a_front_end_has_longer_for_its_first_word_than_for_signs_of_life(played: Played) -> None:
+    played.front.silent_after_s = 0.3
     played.say(Start(request("a", 10**6)))  # so that there are steps, and no second between looks
     time.sleep(0.8)
     assert played.lost == []
@@ -281,6 +284,54 @@ def test_a_drain_waits_for_what_runs(played: Played) -> None:
     played.thread.join(LIMIT_S)
     assert not played.thread.is_alive()
     assert played.error is None
+
+
+def test_what_was_counted_is_told_at_once_after_the_last_step(played: Played) -> None:
+    played.say(Start(request("a")))
+    assert played.tokens("a") == [*range(5)]
+    begun_s = time.monotonic()
+    num_before = sum(isinstance(message, StatsReport) for message in played.said)
+    played.hear(StatsReport, num_before + 1)
+    assert time.monotonic() - begun_s < 0.6
+
+
+def test_a_stop_while_a_world_is_formed_anew_is_a_drain() -> None:
+    class Losing(Engine):
+        def finish_step(self) -> list[StepOutput]:
+            if not lost.is_set():
+                played.host.lost_world("a rank is gone")
+                lost.set()
+                assert may_go_on.wait(LIMIT_S)
+                played.host.has_world()
+            return super().finish_step()
+
+    lost, may_go_on = threading.Event(), threading.Event()
+    played = Played(Losing())
+    played.say(Start(request("a")))
+    assert lost.wait(LIMIT_S)
+    played.host.stop()
+    assert played.hear(Drain)[0].limit_s == 5.0  # though no world is there yet
+    may_go_on.set()
+    assert played.tokens("a") == [*range(5)]
+    played.say(Drained())
+    played.thread.join(LIMIT_S)
+    assert not played.thread.is_alive()
+    beats = [message.state for message in played.said if isinstance(message, Beat)]
+    assert "serving" not in beats[beats.index("reforming") :]
+    played.end()
+
+
+def test_a_front_end_that_comes_during_a_drain_is_told_of_it(played: Played) -> None:
+    played.say(Start(request("a", 10**6)))
+    played.tokens("a", until_end=False)
+    played.host.stop()
+    played.hear(Drain)
+    played.mailbox.close()
+    end_s = time.monotonic() + LIMIT_S
+    while not played.lost:
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+    assert 0 < played.hear(Drain)[0].limit_s <= 5.0
 
 
 def test_an_engine_that_is_lost_for_good_is_told_of() -> None:

@@ -179,19 +179,6 @@ def test_a_world_lost_while_nobody_asks_is_formed_anew(call: str) -> None:
     assert str(engine.stats()) == "world 1"
 
 
-def test_a_request_that_was_there_at_three_losses_is_given_up_alone() -> None:
-    worlds = Worlds(*[{"finish_step": 1}] * 3, max_losses=9)
-    worlds.engine.add(request("guilty", 50))
-    outputs = [output for _ in range(4) for output in worlds.engine.step()]
-    worlds.engine.add(request("new"))
-    for _ in range(20):
-        outputs += worlds.engine.step()
-    last = {output.request_id: output for output in outputs}
-    assert last["guilty"].finish_reason == "error"
-    assert "3 times: lost in finish_step" in str(last["guilty"].error)
-    assert last["new"].finish_reason == "length"
-
-
 def test_it_gives_up_after_too_many_losses() -> None:
     worlds = Worlds(*[{"finish_step": 0}] * 9, max_losses=1)
     worlds.engine.add(request("a"))
