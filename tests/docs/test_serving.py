@@ -105,8 +105,8 @@ def test_fields_of_bodies() -> None:
 def test_routes() -> None:
     told = {}
     for row in rows("Routes"):
-        for route in names(row[0]):
-            method, _, path = route.partition(" ")
+        for named in names(row[0]):
+            method, _, path = named.partition(" ")
             told[path.replace("NAME", "{model:path}")] = (method, row[1])
     parts = {path for path in ROUTES if path.startswith("/dashboard/")} - {"/dashboard/data"}
     assert set(told) == set(ROUTES) - parts

@@ -74,7 +74,6 @@ def strike(server: Served, pid: int, how: signal.Signals, num_tokens: int) -> li
 def test_a_rank_that_dies_ends_streams_and_torchrun_makes_a_world_anew() -> None:
     with served(*QUIET) as alone:
         expected = choice(alone)
-        alone.stop()
     with torchrun("--max-restarts", "1") as server:
         assert choice(server) == expected
         before = server.processes()
