@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.comm.base import Inbox
-from moe_serve.errors import CommError, MoeServeError
+from moe_serve.errors import STEP_FAULTS, CommError
 from moe_serve.experts.executor import ResidentExperts
 from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.experts.recent_routing import RecentRouting
@@ -64,7 +64,7 @@ class RankExperts:
             self.recent.note(layer, routing)
         try:
             return self.inner.run(layer, inbox, routing, residual)
-        except (RuntimeError, MemoryError, ArithmeticError, MoeServeError) as error:
+        except STEP_FAULTS as error:
             logger.error("experts of layer %d: %s: %s", layer, type(error).__name__, error)
             num_pairs, size = inbox.row_of_pair.shape[0], self.layers[layer].hidden_size
             return inbox.rows.new_full((num_pairs, size), float("nan"))

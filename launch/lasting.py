@@ -4,6 +4,10 @@ Worlds of ranks come and go; this keeps the books. When a rank has died or froze
 is ended and another one formed, and every unfinished request is given to it with the tokens that
 were told of. Sampling is a function of the request and its tokens, so each goes on as if nothing
 had been. What a lost world did in its last step was told to nobody, and is done again.
+
+A request may itself be what ends worlds. Those that two worlds were lost with are let into the next
+one by one: each must get a token further before the next comes, and the one with which a third
+world is lost ends with an error. So the others are served, whatever one of them does.
 """
 
 from __future__ import annotations
@@ -28,20 +32,23 @@ logger = logging.getLogger(__name__)
 
 # worlds lost in so long count together
 LOSSES_IN_S = 300.0
-# a request that was under way each time is taken to be the cause
-_MOST_LOSSES_OF_ONE = 3
+# a request that was under way so often may be the cause, and is tried alone; after one more it is
+_SUSPECTED_AFTER = 2
 
 
 @dataclasses.dataclass(slots=True)
 class _Book:
     """A request, what each of its outputs was given (None: it has ended), and what it went through.
 
-    num_losses: worlds that were lost while they served it.
+    is_in: the present world has it. num_losses: worlds that were lost while they had it, and since
+    it was last tried. awaited: while it is tried, the outputs that are to get a token yet.
     """
 
     request: Request
     outputs: list[list[int] | None]
+    is_in: bool = True
     num_losses: int = 0
+    awaited: set[int] = dataclasses.field(default_factory=set)
 
     def rest(self) -> Request:
         outputs = tuple(None if tokens is None else tuple(tokens) for tokens in self.outputs)
@@ -70,6 +77,8 @@ class LastingEngine:
         self._on_world = on_world
         self._engine = open_world(0)
         self._books: dict[str, _Book] = {}
+        self._suspects: list[_Book] = []  # that wait to be tried
+        self._tried: _Book | None = None
         self._unsaid: list[StepOutput] = []
         self._losses_s: deque[float] = deque()
         self._is_stepping = self._is_closed = False
@@ -110,7 +119,7 @@ class LastingEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._unsaid) or self._engine.has_unfinished
+        return bool(self._unsaid or self._suspects) or self._engine.has_unfinished
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -141,6 +150,11 @@ class LastingEngine:
 
     def start_step(self) -> None:
         """Begin a step: `finish_step` must be the next call."""
+        if self._suspects:
+            try:
+                self._try_next()
+            except CommError as error:
+                self._form_anew(error)
         self._is_stepping = self._engine.has_unfinished
         if self._is_stepping:
             try:
@@ -165,9 +179,10 @@ class LastingEngine:
 
     def abort(self, request_id: str) -> bool:
         """As `Engine.abort`."""
-        book = self._books.pop(request_id, None)
+        book = self._books.get(request_id)
         self._unsaid = [output for output in self._unsaid if output.request_id != request_id]
         if book is not None:
+            self._forget(book)
             try:
                 self._engine.abort(request_id)
             except CommError as error:
@@ -177,9 +192,11 @@ class LastingEngine:
     def stop(self, request_id: str, index: int) -> bool:
         """As `Engine.stop`."""
         book = self._books.get(request_id)
-        if book is None or not book.outputs[index]:
+        if book is None or not 0 <= index < len(book.outputs) or not book.outputs[index]:
             return False
         self._end(book, index)
+        if not book.is_in:
+            return True
         try:
             return self._engine.stop(request_id, index)
         except CommError as error:
@@ -236,22 +253,30 @@ class LastingEngine:
                 tokens.extend(output.token_ids)
             if output.finish_reason is not None:
                 self._end(book, output.index)
+            elif book is self._tried and output.token_ids:
+                self._clear(book, output.index)
 
     def _end(self, book: _Book, index: int) -> None:
         book.outputs[index] = None
         if all(tokens is None for tokens in book.outputs):
-            del self._books[book.request.request_id]
+            self._forget(book)
+        elif book is self._tried:
+            self._clear(book, index)
+
+    def _forget(self, book: _Book) -> None:
+        del self._books[book.request.request_id]
+        if book in self._suspects:
+            self._suspects.remove(book)
+        if book is self._tried:
+            self._tried = None
 
     def _form_anew(self, error: CommError) -> None:
         """Form another world, and give it what is unfinished. Raises CommError after too many."""
         if self._is_closed:
             raise error
         why = str(error)
-        for book in list(self._books.values()):
-            book.num_losses += 1
-            if book.num_losses >= _MOST_LOSSES_OF_ONE:
-                self._give_up(book, why)
         while True:
+            self._blame(why)
             self._count_loss(why)
             logger.error("the ranks were lost, and are started again: %s", why)
             self._on_loss(why)
@@ -276,6 +301,7 @@ class LastingEngine:
             self._losses_s.popleft()
         if len(self._losses_s) >= self._max_losses:
             self._books.clear()
+            self._suspects.clear()
             raise CommError(
                 f"{why} (worlds of ranks lost in the last {LOSSES_IN_S / 60:.0f} minutes: "
                 f"{len(self._losses_s) + 1}; the limit is {self._max_losses})"
@@ -288,21 +314,62 @@ class LastingEngine:
         if self._placement is not None:
             self._engine.place(self._placement)
         for book in list(self._books.values()):
-            try:
-                self._engine.add(book.rest())
-                self.num_resubmitted += 1
-            except RequestError as error:  # less memory than the world before it had
-                self._give_up(book, str(error))
+            if book.num_losses < _SUSPECTED_AFTER:
+                self._let_in(book)
+        self._try_next()
 
-    def _give_up(self, book: _Book, why: str) -> None:
+    def _let_in(self, book: _Book) -> None:
+        book.is_in = True
+        try:
+            self._engine.add(book.rest())
+            self.num_resubmitted += 1
+        except CommError:
+            raise
+        except MoeServeError as error:  # less memory, say, than the world before it had
+            self._give_up(book, f"the request could not go on after ranks were lost: {error}")
+
+    # -- requests that may be the cause ------------------------------------------------------------
+
+    def _blame(self, why: str) -> None:
+        """Note who was under way in a world that was lost, and end who is the cause."""
+        self._tried = None
+        for book in list(self._books.values()):
+            if not book.is_in:
+                continue
+            book.is_in = False
+            book.num_losses += 1
+            if book.num_losses > _SUSPECTED_AFTER:
+                self._give_up(
+                    book,
+                    f"the request was under way when ranks were lost {book.num_losses} times: "
+                    f"{why}",
+                )
+        suspects = [b for b in self._books.values() if b.num_losses == _SUSPECTED_AFTER]
+        self._suspects = suspects
+
+    def _try_next(self) -> None:
+        """Let the next of the suspects in, unless one is being tried."""
+        while self._suspects and self._tried is None:
+            book = self._suspects.pop(0)
+            book.awaited = {i for i, tokens in enumerate(book.outputs) if tokens is not None}
+            self._tried = book
+            self._let_in(book)
+
+    def _clear(self, book: _Book, index: int) -> None:
+        """Note that an output of the request that is tried got further, or ended."""
+        book.awaited.discard(index)
+        if not book.awaited:
+            book.num_losses = _SUSPECTED_AFTER - 1
+            self._tried = None
+
+    def _give_up(self, book: _Book, error: str) -> None:
         request_id = book.request.request_id
-        error = f"the request was under way when ranks were lost {book.num_losses} times: {why}"
         self._unsaid += [
             StepOutput(request_id, index, (), finish_reason="error", error=error)
             for index, tokens in enumerate(book.outputs)
             if tokens is not None
         ]
-        del self._books[request_id]
+        self._forget(book)
 
 
 def _outputs_of(request: Request) -> tuple[Any, ...]:

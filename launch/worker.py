@@ -35,7 +35,7 @@ from moe_serve.launch.messages import (
     TakeRouting,
     TokensUsed,
 )
-from moe_serve.types import StepOutput
+from moe_serve.types import Request, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class RankWorker:
         try:
             match call:
                 case Add(request=request):
-                    engine.add(request)
+                    self._add(request)
                 case Abort(request_id=request_id):
                     return self._reply(is_true=engine.abort(request_id))
                 case Stop(request_id=request_id, index=index):
@@ -101,6 +101,17 @@ class RankWorker:
         except MoeServeError as error:
             return self._reply(failure=Failure.of(error))
         return self._reply()
+
+    def _add(self, request: Request) -> None:
+        """Admit a request. A fault in that is this request's alone: nothing of it was run."""
+        try:
+            self.engine.add(request)
+        except MoeServeError:
+            raise
+        except Exception as error:
+            logger.exception("a request could not be taken")
+            why = f"the request could not be taken: {type(error).__name__}: {error}"
+            raise MoeServeError(why) from error
 
     def _step(self, move_bytes: int) -> list[StepOutput]:
         """Take part in a step. Whatever fails here fails all: others are waiting for this rank."""

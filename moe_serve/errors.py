@@ -65,6 +65,11 @@ class CommError(MoeServeError):
     exit_code = 3
 
 
+# What a step can fail of that is its own and its machine's: its requests end, and the next step is
+# run. What is not among these is a mistake of ours, after which no books are trusted.
+STEP_FAULTS = (RuntimeError, MemoryError, ArithmeticError, ValueError, MoeServeError)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the known name nearest to `name`, or "" if none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)

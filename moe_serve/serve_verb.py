@@ -29,15 +29,17 @@ def serve(
     engine: dict[str, Any],
 ) -> None:
     """Answer OpenAI's API over HTTP until SIGTERM; docs/serving.md says what it answers."""
-    import moe_serve
-    from moe_serve.hub import resolve_model
-    from moe_serve.launch.serve import serve as run  # imports torch
-    from moe_serve.server.front_end import FrontOptions
     from moe_serve.server.guard import check_binding
 
     config, server_config = _configs(served, engine, server)
     network = server_config.network
     check_binding(network.host, network.keys)
+
+    import moe_serve
+    from moe_serve.hub import resolve_model
+    from moe_serve.launch.serve import serve as run  # imports torch
+    from moe_serve.server.front_end import FrontOptions
+
     logging.getLogger("moe_serve").setLevel(logging.INFO)
     folder = resolve_model(config.weights.model, config.weights.revision)
     tokenizer = config.weights.tokenizer

@@ -12,7 +12,7 @@ from moe_serve.engine.memory import available_bytes
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.scheduler import Scheduler
 from moe_serve.engine.sequence import ScheduledStep
-from moe_serve.errors import CapacityError, CommError, ConfigError, MoeServeError, RequestError
+from moe_serve.errors import STEP_FAULTS, CapacityError, CommError, ConfigError, RequestError
 from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.experts.placement.base import Array, Placement
 from moe_serve.experts.rank_experts import RankExperts
@@ -115,9 +115,15 @@ class Engine:
         has_grammar = request.sampling.structured_outputs is not None
         if has_grammar:
             self.grammars.check()
-        self.scheduler.add(request, is_held=has_grammar)
-        if has_grammar:
-            self.grammars.begin(request)
+        is_new = not self.scheduler.has(request.request_id)
+        try:
+            self.scheduler.add(request, is_held=has_grammar)
+            if has_grammar:
+                self.grammars.begin(request)
+        except BaseException:
+            if is_new:
+                self.abort(request.request_id)
+            raise
 
     def step(self, move_bytes: int = 0) -> list[StepOutput]:
         """Give every scheduled sequence its next token; [] when there is nothing to do.
@@ -165,7 +171,7 @@ class Engine:
         except CommError:  # not this step alone: none can follow
             self.scheduler.retract(step)
             raise
-        except (RuntimeError, MemoryError, ArithmeticError, MoeServeError) as error:
+        except STEP_FAULTS as error:
             logger.debug("step %d failed", step.step, exc_info=True)
             return self.scheduler.fail(step, f"the step failed: {type(error).__name__}: {error}")
         except BaseException:  # an interrupt, or a fault of ours

@@ -18,7 +18,7 @@ from moe_serve.engine.mover import Mover
 from moe_serve.engine.rank_parts import Progress, RankParts
 from moe_serve.engine.ranks import check_placement
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
-from moe_serve.errors import CommError, ConfigError, MoeServeError
+from moe_serve.errors import STEP_FAULTS, CommError, ConfigError
 from moe_serve.experts.placement.base import Array, Placement
 from moe_serve.experts.rank_experts import RankExperts
 from moe_serve.types import ForwardBatch, StepOutput
@@ -33,7 +33,7 @@ class LockstepRunner(ModelRunner):
             return super().run(step)
         except CommError:
             raise
-        except (RuntimeError, MemoryError, ArithmeticError, MoeServeError):
+        except STEP_FAULTS:
             self.take_part(sum(step.query_lens))
             raise
 

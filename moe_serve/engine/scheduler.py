@@ -151,15 +151,16 @@ class Scheduler:
         end_length = checked_end_length(request, self._kv, self._max_model_len, self._max_chunk)
         rank = self._policy.rank(request, self._clock())
         live = _Live(request, rank, self._num_added, end_length)
-        self._num_added += 1
-        self._requests[request.request_id] = live
-        live.is_held = is_held
-        self._num_held += is_held
         for index in _first_outputs(request):
             sequence = live.sequences[index] = Sequence(request, index)
             if index == 0 and request.sampling.prompt_logprobs is not None:
                 sequence.prompt_logprobs.append(None)
-            if not is_held:
+        self._num_added += 1
+        self._requests[request.request_id] = live
+        live.is_held = is_held
+        self._num_held += is_held
+        if not is_held:
+            for sequence in live.sequences.values():
                 self._wait(sequence)
 
     def release(self, request_id: str, matchers: list[Matcher]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ ERROR_TYPES = {
     504: "deadline_exceeded",
 }
 _MOST_CHARS = 1000
+_FOLDERS = re.compile(r"(?<![\w.])~?/(?:[^\s/'\":;,]+/)*(?=[^\s/'\":;,])")
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -65,6 +67,11 @@ class ApiError(MoeServeError):
         if self.retry_after_s is None:
             return []
         return [(b"retry-after", str(self.retry_after_s).encode())]
+
+
+def engine_fault(message: str) -> ApiError:
+    """Return the answer to what the engine failed of, without the folders that it may name."""
+    return ApiError(500, _FOLDERS.sub("", message), code="engine_error")
 
 
 def _cut(text: str, num_chars: int) -> str:

@@ -271,12 +271,22 @@ class EngineClient(asyncio.Protocol):
         while len(self._buffer) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer, start)
             if length > MOST_BYTES:
-                self._end(f"a message of {length} bytes came from the engine")
+                self._lose(f"it said a message of {length} bytes")
                 return
             end = start + _LENGTH.size + length
             if len(self._buffer) < end:
                 break
-            self._take(self._decoder.decode(memoryview(self._buffer)[start + 4 : end]))
+            try:
+                self._take(
+                    self._decoder.decode(memoryview(self._buffer)[start + _LENGTH.size : end])
+                )
+            except msgspec.DecodeError as error:
+                self._lose(f"it said what is no message: {error}")
+                return
+            except Exception:  # what it says from now on may not fit what is known here
+                logger.exception("a message of the engine's host")
+                self._lose("what it said could not be taken in")
+                return
             start = end
         del self._buffer[:start]
 
@@ -321,11 +331,28 @@ class EngineClient(asyncio.Protocol):
             elif running.last_s is not None and running.last_s < now_s and self.on_gap is not None:
                 self.on_gap(now_s - running.last_s)
             running.last_s = now_s
-            if running.state.update(step, now_s):
+            try:
+                has_stopped = running.state.update(step, now_s)
+            except Exception as error:  # of one request's text, and no other's
+                logger.exception("the text of request %s", step.request_id)
+                self.send(Cancel(step.request_id))
+                why = f"its text could not be made: {type(error).__name__}: {error}"
+                running.failure = Refused(step.request_id, "engine", why)
+                self._forget(running)
+                running.tell()
+                continue
+            if has_stopped:
                 self.send(StopOutput(step.request_id, step.index))
             if running.state.is_finished:
                 self._forget(running)
             running.tell()
+
+    def _lose(self, why: str) -> None:
+        """Let go of a host that cannot be understood."""
+        logger.error("the engine's host: %s", why)
+        self._end(why)
+        if self._transport is not None:
+            self._transport.abort()
 
     def _end(self, why: str) -> None:
         if self.ended is not None:

@@ -94,7 +94,7 @@ class EventStream:
                 await call.changed()
                 fault = call.fault
                 if fault is not None:
-                    return await self._end_with(fault)
+                    return await self.end_with(fault)
                 is_over = call.is_over
                 data = self._events()
                 if is_over:
@@ -111,7 +111,8 @@ class EventStream:
             if self._ping is not None:
                 self._ping.cancel()
 
-    async def _end_with(self, fault: ApiError) -> int:
+    async def end_with(self, fault: ApiError) -> int:
+        """Send an error as the last event; return its status. Raises it if it is the first."""
         if not self.has_started:
             raise fault
         await self._write(b"data: " + fault.body + b"\n\n", more=False)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from moe_serve.errors import RequestError
-from moe_serve.server.answers import ApiError, encoded, send_error, send_json
+from moe_serve.server.answers import ApiError, encoded, engine_fault, send_error, send_json
 from moe_serve.server.bodies import ChatBody, CompletionBody, parse_body
 from moe_serve.server.engine_client import Running, Unavailable
 from moe_serve.server.event_stream import EventStream
@@ -114,8 +114,11 @@ class Call:
             self._status = 499
         except Exception:  # a fault of ours ends one request, not the connection's task
             logger.exception("a fault in serving %s", self.response_id)
-            if self._status != 200 and not (stream is not None and stream.has_started):
-                await send_error(send, ApiError(500, "a fault of the server"), self.headers)
+            fault = ApiError(500, "a fault of the server")
+            if stream is not None and stream.has_started:
+                self._status = await stream.end_with(fault)
+            elif self._status != 200:
+                await send_error(send, fault, self.headers)
 
     def close(self) -> None:
         """Drop what is not over, and tell of the request."""
@@ -161,7 +164,9 @@ class Call:
                 if output.finish_reason == "error":
                     is_refused = getattr(output, "is_refused", False)
                     message = output.error or "the engine could not go on with it"
-                    return ApiError(400 if is_refused else 500, message, code="engine_error")
+                    if is_refused:
+                        return ApiError(400, message, code="engine_error")
+                    return engine_fault(message)
         return None
 
     def wake(self) -> None:
@@ -191,7 +196,7 @@ class Call:
         data = await read_all(receive, state.limits.body_bytes)
         try:
             if state.client.welcome is not None:
-                state.client.check()  # a server that is asked for too much must not work to refuse it
+                state.client.check()  # who is asked for too much must not work to refuse it
             prepared = await in_thread(state, self._prepare, data)
             state.register(self.response_id, self)
             for one in prepared:
@@ -303,7 +308,7 @@ def _failure(failure: Refused | Unavailable) -> ApiError:
             failure.status, str(failure), code="unavailable", retry_after_s=failure.retry_after_s
         )
     if failure.kind == "engine":
-        return ApiError(500, failure.message, code="engine_error")
+        return engine_fault(failure.message)
     return ApiError(400, failure.message, code="invalid_value")
 
 

@@ -53,5 +53,7 @@ class Served:
         self._is_up.set()
         await self._server.serve(sockets=[self._socket])
         self.host.hang_up()
-        await client.wait_until_closed()
+        while client.ended is None:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.005)  # the socket is closed after the client was told
         self.state.close()

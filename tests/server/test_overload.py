@@ -40,9 +40,7 @@ def ask(server: Served, key: str, body: dict[str, Any]) -> tuple[int, dict[str, 
             return error.code, json.loads(error.read()), error.headers["retry-after"]
 
 
-async def at_once(
-    server: Served, keys: list[str]
-) -> list[tuple[int, dict[str, Any], str | None]]:
+async def at_once(server: Served, keys: list[str]) -> list[tuple[int, dict[str, Any], str | None]]:
     return await asyncio.gather(*(asyncio.to_thread(ask, server, key, BODY) for key in keys))
 
 

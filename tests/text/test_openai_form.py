@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_serve.errors import RequestError
@@ -18,6 +19,7 @@ from moe_serve.text.tokenizer import load_tokenizer
 from moe_serve.types import (
     CompletionOutput,
     RequestOutput,
+    RoutedExperts,
     SamplingParams,
     StructuredOutputs,
     TokenLogprobs,
@@ -247,6 +249,7 @@ def test_what_is_for_a_server_alone() -> None:
         (COMPLETIONS, {"stream_options": {"include_usage": True}}, "needs", "stream_options"),
         (COMPLETIONS, {"stream": True, "prompt_logprobs": 1}, "be streamed", "prompt_logprobs"),
         (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, "may have", "stream_options"),
+        (CHAT, {"stream": True, "return_routed_experts": True}, "be str", "return_routed_experts"),
         (COMPLETIONS, {"echo": 1}, "true or false", "echo"),
         (COMPLETIONS, {"best_of": True}, "only 1", "best_of"),
         (COMPLETIONS, {"truncate_prompt_tokens": 0}, "from 1", "truncate_prompt_tokens"),
@@ -353,3 +356,20 @@ def test_choices_of_several_prompts_count_on() -> None:
     )  # fmt: skip
     assert [choice["index"] for choice in found["choices"]] == [0, 1]
     assert found["usage"] == {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
+
+
+def test_routed_experts_are_of_a_choice() -> None:
+    asked = read_body(CHAT, {"messages": HI, "return_routed_experts": True}, MAKER, DEFAULTS)
+    assert asked.sampling.return_routed_experts
+    ids = np.arange(8, dtype=np.int16).reshape(2, 2, 2)
+    (one,) = answer().outputs
+    one = dataclasses.replace(one, routed_experts=RoutedExperts.of(0, ids))
+    found = response_object(
+        [dataclasses.replace(answer(), outputs=(one,))],
+        asked,
+        model="m",
+        response_id="c",
+        created=5,
+        names=TokenNames(TOKENIZER),
+    )
+    assert found["choices"][0]["routed_experts"] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
