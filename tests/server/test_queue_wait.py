@@ -184,9 +184,10 @@ def test_three_times_too_much_is_served_as_well_as_enough(
 ) -> None:
     server = Simulated(slots, decode_s, prompt_s, most_s=1.0)
     most = 1 / (prompt_s + 64 * decode_s / slots)
-    _, waits, num_refused = server.run(0.7 * most, 60)
+    enough, waits, num_refused = server.run(0.7 * most, 60)
     assert num_refused == 0
     assert waits[-1] < 1
+    assert enough == pytest.approx(0.7 * most, rel=0.05)
     over, waits, num_refused = server.run(3 * most, 60)
     assert over > 0.9 * most
     assert num_refused > most * 60
