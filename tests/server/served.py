@@ -52,5 +52,6 @@ class Served:
         self._server = uvicorn.Server(config)
         self._is_up.set()
         await self._server.serve(sockets=[self._socket])
-        client.connection_lost(None)
+        client.close()
+        await client.wait_until_closed()
         self.state.close()
