@@ -47,6 +47,8 @@ from moe_serve.types import Request, StepOutput
 logger = logging.getLogger(__name__)
 
 _STATS_S = 1.0
+# after the last step: who looks then shall not see what was
+_LAST_STATS_S = 0.1
 # a front end that is starting imports much, on a machine that may be loading a model
 _STARTS_IN_S = 60.0
 # beyond the time that requests have to end
@@ -109,7 +111,8 @@ class Host:
         self._unsaid: list[StepOutput] = []
         self._num_steps = 0
         self.num_stops = 0
-        self._is_drained = False
+        self._is_draining = self._is_drained = False
+        self._drain_lock = threading.Lock()
         self._drain_end_s = float("inf")
         self._heard_s = time.monotonic()
         self._has_joined = False
@@ -117,7 +120,8 @@ class Host:
         self._wake = socket.socketpair()
         self._is_over = threading.Event()
         self.on_stats: Callable[[StatsReport], None] = lambda report: None
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heart.start()
 
     # -- what others tell it -----------------------------------------------------------------------
 
@@ -138,7 +142,7 @@ class Host:
 
     def has_world(self) -> None:
         """For `LastingEngine.on_world`: the engine is there, or there again."""
-        self._set_state("draining" if self.num_stops else "serving", "")
+        self._set_state("draining" if self._is_draining else "serving", "")
 
     # -- its work ----------------------------------------------------------------------------------
 
@@ -159,6 +163,11 @@ class Host:
     def close(self) -> None:
         """End the signs of life."""
         self._is_over.set()
+        # else it may be the last to hold the engine, and free it while the interpreter ends: that
+        # of tensors over Python's memory aborts the process
+        self._heart.join()
+        for end in self._wake:
+            end.close()
 
     def _turn(self, engine: ServedEngine) -> None:
         """Make one step, or wait for something to do."""
@@ -179,16 +188,23 @@ class Host:
     def _is_done(self) -> bool:
         if self.num_stops == 0:
             return False
-        if self._state == "serving":
-            self._set_state("draining", "")
-            self._drain_end_s = time.monotonic() + self._shutdown_timeout_s + _AFTER_DRAIN_S
-            self._say(Drain(self._shutdown_timeout_s))
+        self._begin_drain()
         return (
             self.num_stops > 1
             or self._is_drained
             or self._front.mailbox is None
             or time.monotonic() > self._drain_end_s
         )
+
+    def _begin_drain(self) -> None:
+        """Have the front end take nothing new, once."""
+        with self._drain_lock:
+            if self._is_draining:
+                return
+            self._is_draining = True
+        self._drain_end_s = time.monotonic() + self._shutdown_timeout_s + _AFTER_DRAIN_S
+        self._set_state("draining", "")
+        self._say(Drain(self._shutdown_timeout_s))
 
     def _tell_outputs(self) -> None:
         if self._unsaid:
@@ -208,7 +224,9 @@ class Host:
             writers += [mailbox] if mailbox.has_unsent else []
         if self._waiting:
             return
-        there, _, _ = select.select(readers, writers, [], BEAT_S / 2)
+        is_told = self._counted_steps == self._num_steps
+        limit_s = BEAT_S / 2 if is_told else _LAST_STATS_S
+        there, _, _ = select.select(readers, writers, [], limit_s)
         if self._wake[0] in there:
             self._wake[0].recv(64)
 
@@ -273,11 +291,13 @@ class Host:
             limit_s = self._front.silent_after_s if self._has_joined else _STARTS_IN_S
             if why is None and now_s - self._heard_s > limit_s:
                 self._hear()  # this process may be the one that was frozen
+                limit_s = self._front.silent_after_s if self._has_joined else _STARTS_IN_S
                 if time.monotonic() - self._heard_s > limit_s:
                     why = f"it has given no sign of life for {limit_s:.0f} s"
             if why is not None:
                 self._give_up(why)
-        if now_s - self._stats_s > _STATS_S and self._counted_steps != self._num_steps:
+        interval_s = _STATS_S if engine.has_unfinished else _LAST_STATS_S
+        if now_s - self._stats_s > interval_s and self._counted_steps != self._num_steps:
             self._stats_s, self._counted_steps = now_s, self._num_steps
             lasting = engine if isinstance(engine, LastingEngine) else None
             report = StatsReport(
@@ -309,6 +329,9 @@ class Host:
         if engine is not None:
             self._say(Welcome(engine.max_model_len, engine.numerics_id, engine.about))
             self._say(self._beat_now())
+            if self._is_draining:  # the one before it was told, and this one was not
+                left_s = self._drain_end_s - _AFTER_DRAIN_S - time.monotonic()
+                self._say(Drain(max(0.0, left_s)))
 
     # -- words -------------------------------------------------------------------------------------
 
@@ -324,6 +347,8 @@ class Host:
 
     def _beat(self) -> None:
         while not self._is_over.wait(BEAT_S):
+            if self.num_stops and self._engine is not None:
+                self._begin_drain()  # the other thread may be forming a world
             self._say(self._beat_now())
 
     def _beat_now(self) -> Beat:

@@ -54,10 +54,15 @@ def hold(lifeline: str) -> None:
     """End this process at once when the parent is gone; `lifeline`: its last argument."""
     descriptor, _, parent = lifeline.partition(":")
     if int(parent):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        hear_of_end(signal.SIGKILL)
         if os.getppid() != int(parent):  # it was gone before that was asked for
             os._exit(1)
     threading.Thread(target=_wait, args=(int(descriptor),), name="lifeline", daemon=True).start()
+
+
+def hear_of_end(number: signal.Signals) -> None:
+    """Have the system send this signal when the thread that started this process has ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _wait(descriptor: int) -> None:

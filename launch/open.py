@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import ipaddress
 import logging
 import secrets
 import socket
@@ -130,11 +132,9 @@ def _listening(rendezvous: Rendezvous) -> list[RemoteLink]:
     """Let the other ranks connect to this one, rank 0."""
     environment = rendezvous.environment
     token = secrets.token_hex(16)
-    family = socket.AF_INET6 if ":" in environment.master_host else socket.AF_INET
     links: dict[int, RemoteLink] = {}
     end_s = time.monotonic() + JOIN_S
-    with socket.socket(family) as listener:
-        listener.bind(("", 0))
+    with _bound(environment) as listener:
         listener.listen(environment.world_size)
         listener.settimeout(_ACCEPT_S)
         rendezvous.tell("coordinator", f"{listener.getsockname()[1]} {token}")
@@ -151,6 +151,33 @@ def _listening(rendezvous: Rendezvous) -> list[RemoteLink]:
             if rank is not None:
                 links[rank] = RemoteLink(rank, channel)
     return [links[rank] for rank in sorted(links)]
+
+
+def _bound(environment: RankEnvironment) -> socket.socket:
+    """Return a socket at the address by which ranks reach this machine: at no other, if it can be.
+
+    It is at all of them where `master_host` is no address of this machine (addresses are translated
+    on the way), and where a name leads to the loopback here, and elsewhere to this machine.
+    """
+    host = environment.master_host
+    is_one_machine = environment.local_world_size == environment.world_size
+    found: list[Any] = []
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    for family, kind, protocol, _, address in found:
+        is_loopback = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+        if is_loopback and not is_one_machine and host not in ("localhost", address[0]):
+            continue
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+        else:
+            return listener
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.bind(("", 0))
+    return listener
 
 
 def _connected(rendezvous: Rendezvous) -> Channel[Call]:

@@ -28,7 +28,9 @@ SOCKET_FILE = "coordinator.sock"
 
 def main(folder: Path) -> int:
     """Load this rank's part and do what the coordinator says; return the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator says when it is over
+    # the coordinator says when it is over, also where all processes of a service are told to end
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     environment = read_environment()
     if environment is None:
         raise ConfigError("no RANK and WORLD_SIZE in the environment; this is started by moe-serve")

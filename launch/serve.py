@@ -7,6 +7,7 @@ wait in the system's queue. Everything it starts ends with it.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.launch.environment import read_environment
 from moe_serve.launch.host import Host
 from moe_serve.launch.lasting import LastingEngine
-from moe_serve.launch.lifeline import Lifeline
+from moe_serve.launch.lifeline import Lifeline, hear_of_end
 from moe_serve.launch.open import open_served
 from moe_serve.launch.stats_line import StatsLine
 from moe_serve.launch.supervisor import child_environment, new_folder
@@ -45,6 +46,10 @@ _BACKLOG = 1024
 _LOSSES_IN_S = 60.0
 _MOST_LOSSES = 5
 _END_S = 2.0
+# in the environment of what torchrun's agent starts
+_AGENT = "TORCHELASTIC_RUN_ID"
+# comes once for each thread of the agent's, while SIGTERM a second time means to end at once
+_ORPHANED = signal.SIGUSR1
 
 
 class FrontEnd:
@@ -127,7 +132,7 @@ def serve(
     options: FrontOptions,
     on_address: Callable[[str], None],
 ) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code.
+    """Serve until SIGTERM, SIGINT or SIGHUP; return the exit code.
 
     on_address: told where it listens, once the engine is there. Raises what the engine's options
     or the model's folder refuse, and ConfigError for an address that is not to be had.
@@ -135,6 +140,8 @@ def serve(
     network, service = server.network, server.service
     if _is_follower():
         return _follow(config, Path(options.model))
+    if _AGENT in os.environ:  # nobody would stop it any more: it drains, and the others end with it
+        hear_of_end(_ORPHANED)
     listener = listen(network.host, network.port)
     address = _shown(listener, network.host)
     front = FrontEnd(listener, options)
@@ -196,15 +203,24 @@ class _Stopped(BaseException):
 
 @contextmanager
 def _signals(host: Host) -> Iterator[None]:
-    """Have SIGTERM and SIGINT stop the host: at once while there is no engine, or a second time."""
+    """Have signals stop the host: at once while there is no engine, or a second time.
+
+    SIGHUP, which a terminal sends when it is closed, does so unless nohup has it ignored. So does
+    the end of torchrun's agent, but it is one end however often it is heard.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if number == _ORPHANED and host.num_stops:
+            return
         host.stop()
         if host.is_loading or host.num_stops > 1:
             raise _Stopped
 
     assert threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT, _ORPHANED]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,15 +30,18 @@ def serve(
     engine: dict[str, Any],
 ) -> None:
     """Answer OpenAI's API over HTTP until SIGTERM; docs/serving.md says what it answers."""
-    import moe_serve
-    from moe_serve.hub import resolve_model
-    from moe_serve.launch.serve import serve as run  # imports torch
-    from moe_serve.server.front_end import FrontOptions
     from moe_serve.server.guard import check_binding
 
     config, server_config = _configs(served, engine, server)
     network = server_config.network
     check_binding(network.host, network.keys)
+
+    import moe_serve
+    from moe_serve.hub import resolve_model
+    from moe_serve.launch.serve import STOPPED  # imports torch
+    from moe_serve.launch.serve import serve as run
+    from moe_serve.server.front_end import FrontOptions
+
     logging.getLogger("moe_serve").setLevel(logging.INFO)
     folder = resolve_model(config.weights.model, config.weights.revision)
     tokenizer = config.weights.tokenizer
@@ -51,6 +55,8 @@ def serve(
         server=server_config.options(),
     )
     code = run(config, server_config, options, _announce)
+    if code == STOPPED:  # at once: the interpreter's own end takes its time with what is loaded
+        os._exit(code)
     if code:
         raise typer.Exit(code)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
-from moe_serve.channel import MOST_BYTES, Channel, Closed
+from moe_serve.channel import MOST_BYTES, Channel, Closed, Mailbox
 from moe_serve.errors import CapacityError, CommError
 from moe_serve.launch.messages import Abort, Add, Beat, Call, Failure, Release, Reply
 from moe_serve.types import Request, RoutedExperts, SamplingParams, StepOutput, TokenLogprobs
@@ -130,3 +132,83 @@ def test_errors_travel_as_what_they_are() -> None:
     assert str(error) == "rank 3: too much"
     assert type(Failure.of(KeyError("x")).error()) is CommError
     assert type(Failure("nearest", "no class of errors").error()) is CommError
+
+
+@pytest.fixture
+def ends() -> Iterator[Callable[[], tuple[socket.socket, socket.socket]]]:
+    """Give pairs of sockets, closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make() -> tuple[socket.socket, socket.socket]:
+            ours, theirs = socket.socketpair()
+            return stack.enter_context(ours), stack.enter_context(theirs)
+
+        yield make
+
+
+Ends = Callable[[], tuple[socket.socket, socket.socket]]
+
+
+def test_a_mailbox_waits_for_nobody(ends: Ends) -> None:
+    ours, theirs = (Mailbox[Call](end, Call) for end in ends())
+    assert theirs.receive() == []
+    large = Abort("x" * 100_000)
+    for _ in range(20):  # far more than the socket takes
+        ours.send(large)
+    assert ours.has_unsent
+    received: list[Call] = []
+    while not ours.flush() or len(received) < 20:
+        received += theirs.receive()
+    assert received == [large] * 20
+    assert not ours.has_unsent
+    assert theirs.receive() == []
+
+
+def test_a_mailbox_that_nobody_empties_is_given_up(ends: Ends) -> None:
+    mailbox: Mailbox[Call] = Mailbox(ends()[0], Call, 10**6)
+
+    def send_all() -> None:
+        for _ in range(100):
+            mailbox.send(Abort("x" * 100_000))
+
+    with pytest.raises(Closed, match="has not read"):
+        send_all()
+
+
+def test_what_came_before_the_end_is_received_first(ends: Ends) -> None:
+    ours, theirs = (Mailbox[Call](end, Call) for end in ends())
+    ours.send(Abort("last"))
+    ours.close()
+    assert theirs.receive() == [Abort("last")]
+    with pytest.raises(Closed):
+        theirs.receive()
+    with pytest.raises(Closed):
+        theirs.send(Release())
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (struct.pack("<I", MOST_BYTES + 1), "are the most"),
+        (struct.pack("<I", 1) + b"\xc1", "not a message"),
+    ],
+)
+def test_a_mailbox_refuses_what_is_no_message(ends: Ends, data: bytes, why: str) -> None:
+    ours, theirs = ends()
+    mailbox: Mailbox[Call] = Mailbox(ours, Call)
+    theirs.sendall(data)
+    with pytest.raises(CommError, match=why):
+        mailbox.receive()
+
+
+def test_messages_in_pieces_are_put_together(ends: Ends) -> None:
+    ours, theirs = ends()
+    mailbox: Mailbox[Call] = Mailbox(ours, Call)
+    sender, tap = ends()
+    Channel[Call](sender, Call).send(Abort("in pieces"))
+    data = tap.recv(100)
+    for byte in data[:-1]:
+        theirs.sendall(bytes([byte]))
+        assert mailbox.receive() == []
+    theirs.sendall(data[-1:])
+    assert mailbox.receive() == [Abort("in pieces")]

@@ -56,6 +56,14 @@ FLAGS = {
     "batch": ENGINE_FLAGS | {"--chat-template"},
     "bench latency": ENGINE_FLAGS | BENCH_FLAGS | {"--batch-size"},
     "bench throughput": ENGINE_FLAGS | BENCH_FLAGS | {"--num-prompts"},
+    "bench serve": {
+        "--base-url", "--api-key", "--model", "--endpoint", "--dataset", "--input-len",
+        "--output-len", "--range-ratio", "--vocab-size", "--first-token-id", "--prompts", "--trace",
+        "--time-scale", "--max-len", "--limit", "--request-rate", "--burstiness", "--burst-every",
+        "--burst-size", "--max-concurrency", "--duration", "--num-prompts", "--timeout", "--seed",
+        "--ignore-eos", "--temperature", "--extra-body", "--goodput", "--save-requests", "--json",
+        "--debug", "--help",
+    },
     "doctor": {"--json", "--kernels", "--isa", "--threads", "--config", "--debug", "--help"},
     "plan": {
         "--machine",
@@ -74,7 +82,7 @@ FLAGS = {
         "--debug",
         "--help",
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -148,6 +156,7 @@ def test_verbs_are_these(capsys: pytest.CaptureFixture[str]) -> None:
         "batch",
         "doctor",
         "plan",
+        "serve",
         "trace",
         "simulate",
         "place",

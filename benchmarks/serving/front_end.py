@@ -8,7 +8,7 @@ with h11, in turns.
     python -m benchmarks.serving.front_end [--seconds 3] [--rounds 5] [--save]
 
 Rates are with the client and the fake engine on the same cores. "CPU" is the server's own time:
-what remains when it has a core to itself. Streams are measured at a rate that leaves time
+what counts when it has a core to itself. Streams are measured at a pace that leaves time
 (--step-ms), where each token is a chunk, and as fast as the engine can, where tokens gather.
 """
 
@@ -33,6 +33,7 @@ from benchmarks.results import Row, recorded_command, write_results
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("front", "bare")
+STREAM_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -128,27 +129,31 @@ def request(*, stream: bool, tokens: int) -> bytes:
     return head + body
 
 
-async def measured(subject: Subject, data: bytes, connections: int, seconds: float) -> Sample:
+async def measured(
+    subject: Subject, data: bytes, connections: int, seconds: float, count_tokens: int | None = None
+) -> Sample:
+    """Ask on some connections for some seconds; count events of streams, or tokens of answers."""
     loop = asyncio.get_running_loop()
     clients: list[Client] = []
 
-    def client() -> Client:
+    def made() -> Client:
         clients.append(Client(data))
         return clients[-1]
 
     for _ in range(connections):
-        await loop.create_connection(client, "127.0.0.1", subject.port)
+        await loop.create_connection(made, "127.0.0.1", subject.port)
     await asyncio.sleep(0.5)
-    is_stream = b'"stream":true' in data
 
     def count() -> int:
-        return sum(c.num_events if is_stream else c.num_answers for c in clients)
+        if count_tokens is None:
+            return sum(client.num_events for client in clients)
+        return sum(client.num_answers for client in clients) * count_tokens
 
     begun, begun_s, cpu_s = count(), time.perf_counter(), subject.cpu_s()
     await asyncio.sleep(seconds)
     done, spent_s, cpu_s = count() - begun, time.perf_counter() - begun_s, subject.cpu_s() - cpu_s
-    for one in clients:
-        one.close()
+    for client in clients:
+        client.close()
     await asyncio.sleep(0.3)
     return Sample(done / spent_s, cpu_s / max(done, 1) * 1e6)
 
@@ -175,17 +180,25 @@ def rows_of(name: str, unit: str, samples: dict[str, list[Sample]]) -> list[Row]
 
 
 def compare(
-    name: str, data: bytes, connections: int, step_s: float, rounds: int, seconds: float
+    name: str,
+    unit: str,
+    data: bytes,
+    connections: int,
+    step_s: float,
+    rounds: int,
+    seconds: float,
+    count_tokens: int | None = None,
 ) -> list[Row]:
     """Measure both servers in turns."""
-    unit = "events" if b'"stream":true' in data else "answers"
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         subjects = {kind: Subject(stack, kind, folder / "host", step_s) for kind in KINDS}
         samples: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
         for _ in range(rounds):
             for kind, subject in subjects.items():
-                samples[kind].append(asyncio.run(measured(subject, data, connections, seconds)))
+                samples[kind].append(
+                    asyncio.run(measured(subject, data, connections, seconds, count_tokens))
+                )
     return rows_of(name, unit, samples)
 
 
@@ -194,23 +207,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of one run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--step-ms", type=float, default=50.0, help="between tokens of a stream")
+    parser.add_argument("--step-ms", type=float, default=10.0, help="between tokens of a stream")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     options = parser.parse_args(arguments)
     connections, step_s = options.connections, options.step_ms / 1e3
     spent = (options.rounds, options.seconds)
-    rows = compare(
-        "answers of one token", request(stream=False, tokens=1), connections, 0.0, *spent
-    )
-    streamed = request(stream=True, tokens=200)
-    rows += compare(
-        f"{connections} streams, a token in {options.step_ms:g} ms",
-        streamed,
-        connections,
-        step_s,
-        *spent,
-    )
-    rows += compare(f"{connections} streams, all at once", streamed, connections, 0.0, *spent)
+    one = request(stream=False, tokens=1)
+    streamed = request(stream=True, tokens=STREAM_TOKENS)
+    name = f"{connections} streams"
+    paced = f"{name}, a token in {options.step_ms:g} ms"
+    rows = [
+        *compare("answers of one token", "answers", one, connections, 0.0, *spent, 1),
+        *compare(paced, "events", streamed, connections, step_s, *spent),
+        *compare(
+            f"{name}, all at once", "tokens", streamed, connections, 0.0, *spent, STREAM_TOKENS
+        ),
+    ]
     if options.save:
         command = recorded_command("benchmarks.serving.front_end", arguments)
         print(write_results("front-end", rows, command=command))

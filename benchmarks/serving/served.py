@@ -20,16 +20,26 @@ from typing import Any
 import psutil
 
 START_S = 120.0
+# the shipped model has no template of its own
+CHAT_FLAGS = ("--chat-template", str(Path(__file__).with_name("chat.jinja")))
 
 
 class Served:
     """`moe-serve serve FLAGS...` on a free port, from its start to its end."""
 
-    def __init__(self, *flags: str, environment: dict[str, str] | None = None) -> None:
-        """Start it and wait until it serves; start_s: how long that took."""
+    def __init__(
+        self,
+        *flags: str,
+        environment: dict[str, str] | None = None,
+        launcher: Sequence[str] = (),
+    ) -> None:
+        """Start it and wait until it serves; start_s: how long that took.
+
+        launcher: what starts it, and is then the supervisor: a module of Python and its arguments.
+        """
         begun_s = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moe_serve", "serve", "--port", "0", *flags],
+            [sys.executable, *launcher, "-m", "moe_serve", "serve", "--port", "0", *flags],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -37,6 +47,7 @@ class Served:
             start_new_session=True,
         )
         self.log: list[str] = []
+        self.headers: dict[str, str] = {}  # of each request that this sends
         self.url = self._address()
         self.port = int(self.url.rpartition(":")[2])
         self.start_s = time.monotonic() - begun_s
@@ -68,13 +79,19 @@ class Served:
     # -- its processes -----------------------------------------------------------------------------
 
     def processes(self) -> dict[str, int]:
-        """Return {"supervisor": pid, "front end": pid, "rank 0": pid, ...} of those that live."""
+        """Return {"supervisor": pid, "front end": pid, "rank 0": pid, ...} of those that live.
+
+        A rank's own are "grammar_compiler of rank 0" and the like, the second of them with ", 2".
+        """
         found = {"supervisor": self.process.pid}
         with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self.process.pid).children(recursive=True):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            for child in sorted(children, key=lambda process: process.pid):
                 with contextlib.suppress(psutil.Error):
                     if child.status() != psutil.STATUS_ZOMBIE:
-                        found[_role(child)] = child.pid
+                        role = _role(child)
+                        same = sum(name.partition(",")[0] == role for name in found)
+                        found[f"{role}, {same + 1}" if same else role] = child.pid
         return found
 
     def listeners(self) -> list[tuple[str, int]]:
@@ -92,7 +109,8 @@ class Served:
     def get(self, path: str, limit_s: float = 5.0) -> tuple[int, bytes]:
         """Return status and body; status 0: no answer."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=limit_s) as answer:
+            request = urllib.request.Request(self.url + path, headers=self.headers)
+            with urllib.request.urlopen(request, timeout=limit_s) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -102,7 +120,9 @@ class Served:
     def post(self, path: str, body: dict[str, Any], limit_s: float = 60.0) -> tuple[int, Any]:
         """Return status and what the body says; status 0: no answer."""
         request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", **self.headers},
         )
         try:
             with urllib.request.urlopen(request, timeout=limit_s) as answer:
@@ -118,7 +138,9 @@ class Served:
         for line in self.get("/metrics")[1].decode().splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
-                name = re.sub(r',?model_name="[^"]*"', "", name).replace("{}", "")
+                name = (
+                    re.sub(r'model_name="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")
+                )
                 found[name.removeprefix("moe_serve:")] = float(value)
         return found
 
@@ -196,4 +218,6 @@ def _role(process: psutil.Process) -> str:
     command = process.cmdline()
     if "front_end" in command:
         return "front end"
-    return f"rank {process.environ().get('RANK', '?')}"
+    rank = f"rank {process.environ().get('RANK', '?')}"
+    # a rank has processes of its own, too
+    return rank if "rank" in command else f"{command[2].rpartition('.')[2]} of {rank}"

@@ -17,6 +17,7 @@ GOALS = ("ttft", "tpot", "e2e")
 MAX_KINDS_SHOWN = 12
 # of one core: above it the figures may be those of the instrument
 BUSY_SHARE = 0.8
+BUSY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,7 +232,7 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"{num_guessed} answers came without usage: their output tokens are counted chunks"
         )
-    if report["client_cpu_share"] > BUSY_SHARE:
+    if report["client_cpu_share"] > BUSY_SHARE and report["duration_s"] >= BUSY_AFTER_S:
         notes.append(
             f"this client used {report['client_cpu_share']:.0%} of a core: latencies may be its own"
         )

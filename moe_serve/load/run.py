@@ -88,7 +88,6 @@ class LoadRun:
             if is_main:
                 loop.remove_signal_handler(signal.SIGINT)
             self._settle(time.process_time() - cpu_s)
-            await self.pool.close()
 
     async def _open(self) -> None:
         assert self.offsets_s is not None

@@ -238,20 +238,23 @@ def measure(
         bar = stack.enter_context(progress_bar(num_requests))
 
         async def measured() -> tuple[LoadRun, str]:
-            model = await find_model(pool, options.model)
-            requests: Iterable[Asked] = source.requests(options, options.template(model))
-            if num_requests is not None:  # made now, not while answers come
-                requests = list(itertools.islice(requests, num_requests))
-            run = LoadRun(
-                pool=pool,
-                path=PATHS[options.endpoint],
-                requests=requests,
-                offsets_s=offsets_s,
-                limits=limits,
-                on_end=lambda record: bar.advance(record.output_tokens),
-            )
-            await run.run()
-            return run, model
+            try:
+                model = await find_model(pool, options.model)
+                requests: Iterable[Asked] = source.requests(options, options.template(model))
+                if num_requests is not None:  # made now, not while answers come
+                    requests = list(itertools.islice(requests, num_requests))
+                run = LoadRun(
+                    pool=pool,
+                    path=PATHS[options.endpoint],
+                    requests=requests,
+                    offsets_s=offsets_s,
+                    limits=limits,
+                    on_end=lambda record: bar.advance(record.output_tokens),
+                )
+                await run.run()
+                return run, model
+            finally:
+                await pool.close()
 
         run, model = asyncio.run(measured())
         if records_file is not None:

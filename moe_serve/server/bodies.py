@@ -7,6 +7,7 @@ A body is parsed once, in native code, without any value that JSON does not have
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -23,7 +24,7 @@ from pydantic import (
     ValidationError,
     with_config,
 )
-from pydantic_core import core_schema
+from pydantic_core import ErrorDetails, core_schema
 from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
 
 from moe_serve.errors import nearest
@@ -33,6 +34,8 @@ from moe_serve.types import MIN_REPETITION_PENALTY, MIN_TOP_P
 
 _L = DEFAULT_LIMITS
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+# A string, or what begins one: it always matches, so that no quote is looked behind twice.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _TOLD_FAULTS = 3
 _TOLD_CHARS = 200
 
@@ -351,7 +354,7 @@ BodyModel = TypeVar("BodyModel", bound=BaseModel)
 
 def parse_body(data: bytes, model: type[BodyModel], limits: Limits = DEFAULT_LIMITS) -> BodyModel:
     """Return the body that `data` is. Raises ApiError 400, which names the field that is wrong."""
-    _check_names(data, limits)
+    _check_parts(data, limits)
     try:
         body = model.model_validate_json(data)
     except ValidationError as error:
@@ -366,13 +369,20 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_body") 
     return ApiError(400, message, param=param, code=code)
 
 
-def _check_names(data: bytes, limits: Limits) -> None:
-    """Refuse a body of so many names that to say what is wrong with them would take long."""
-    if data.count(b":") <= limits.json_names:
+def _check_parts(data: bytes, limits: Limits) -> None:
+    """Refuse a body of so many names, objects and lists that to make them all would take long."""
+    if _num_marks(data) <= limits.json_parts:
         return
-    num_names = sum(1 for _ in re.finditer(rb'(?<!\\)(?:\\\\)*+"\s*+:', data))
-    if num_names > limits.json_names:
-        raise invalid(f"the body has {num_names} names; at most {limits.json_names} are read")
+    num_parts = _num_marks(_STRING.sub(b"", data))
+    if num_parts > limits.json_parts:
+        raise invalid(
+            f"the body has {num_parts} names, objects and lists; at most {limits.json_parts} "
+            "are read"
+        )
+
+
+def _num_marks(data: bytes) -> int:
+    return data.count(b":") + data.count(b"[") + data.count(b"{")
 
 
 def _check_nesting(data: bytes, limits: Limits) -> None:
@@ -413,19 +423,22 @@ def _invalid(error: ValidationError, model: type[BaseModel]) -> ApiError:
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     if faults[0]["type"] == "json_invalid":
         return invalid(f"the body is not JSON that can be read: {faults[0]['msg']:.200}")
-    known = list(model.model_fields)
-    told: dict[str, str] = {}
-    # of a field that may have several forms, the form that was nearest: the fault deepest within
-    for fault in sorted(faults, key=lambda fault: -len(fault["loc"])):
+    nearest_fault: dict[str, ErrorDetails] = {}
+    for fault in faults:
         where = fault["loc"]
         field = str(where[0]) if where else ""
-        told.setdefault(field, _said(field, where, fault["type"], fault["msg"], known))
-    in_order = dict.fromkeys(str(fault["loc"][0]) if fault["loc"] else "" for fault in faults)
-    message = "; ".join(told[field] for field in list(in_order)[:_TOLD_FAULTS])
-    if len(in_order) > _TOLD_FAULTS:
-        message += f"; and {len(in_order) - _TOLD_FAULTS} more"
-    first = next(iter(in_order))
-    return invalid(message, param=first[:80] or None)
+        # of a field that may have several forms, the form that was nearest: deepest within
+        if field not in nearest_fault or len(where) > len(nearest_fault[field]["loc"]):
+            nearest_fault[field] = fault
+    known = list(model.model_fields)
+    told = [
+        _said(field, fault["loc"], fault["type"], fault["msg"], known)
+        for field, fault in itertools.islice(nearest_fault.items(), _TOLD_FAULTS)
+    ]
+    if len(nearest_fault) > _TOLD_FAULTS:
+        told.append(f"and {len(nearest_fault) - _TOLD_FAULTS} more")
+    first = next(iter(nearest_fault))
+    return invalid("; ".join(told), param=first[:80] or None)
 
 
 def _said(

@@ -36,6 +36,8 @@ class Distribution:
 
     def add(self, value: float) -> None:
         """Count one value."""
+        if self._clock() - self._slice_s > _SLICE_S:
+            self._turn()
         index = bisect_left(self.bounds, value)
         self.counts[index] += 1
         self._recent[index] += 1
@@ -68,7 +70,7 @@ class Distribution:
         """Begin a new slice if the present one is old; forget what is older than a minute."""
         now_s = self._clock()
         passed = int((now_s - self._slice_s) / _SLICE_S)
-        for index in range(min(passed, _NUM_SLICES)):
+        for index in range(min(passed, _NUM_SLICES + 1)):
             self._slices.append(self._recent if index == 0 else [0] * len(self.counts))
             self._recent = [0] * len(self.counts)
         self._slice_s += passed * _SLICE_S

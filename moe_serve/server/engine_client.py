@@ -11,7 +11,6 @@ import logging
 import math
 import struct
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -39,6 +38,7 @@ from moe_serve.server.messages import (
     ToHost,
     Welcome,
 )
+from moe_serve.server.queue_wait import QueueWait
 from moe_serve.text.prompts import PreparedRequest
 from moe_serve.text.request_output import RequestState
 from moe_serve.text.tokenizer import Tokenizer
@@ -46,8 +46,6 @@ from moe_serve.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<I")
-# of first tokens, for the guess how long a queue takes
-_RECENT_S = 10.0
 _MOST_RETRY_S = 60
 
 
@@ -123,7 +121,7 @@ class EngineClient(asyncio.Protocol):
         self._buffer = bytearray()
         self._outgoing = bytearray()
         self._running: dict[str, Running] = {}
-        self._first_tokens_s: deque[float] = deque()
+        self._queue = QueueWait()
         self._last_s = time.monotonic()
         self._welcomed = asyncio.Event()
         self._closed = asyncio.Event()
@@ -131,8 +129,6 @@ class EngineClient(asyncio.Protocol):
         self.beat: Beat | None = None
         self.report: StatsReport | None = None
         self.failed: Failed | None = None
-        self.num_queued = 0
-        self.queued_tokens = 0
         self.is_draining = False
         self.on_gap: Callable[[float], None] | None = None
         self.on_tokens: Callable[[int], None] | None = None
@@ -144,6 +140,16 @@ class EngineClient(asyncio.Protocol):
     def num_running(self) -> int:
         """How many requests the engine has, those that wait for their first token included."""
         return len(self._running)
+
+    @property
+    def num_queued(self) -> int:
+        """How many requests wait for their first token."""
+        return len(self._queue)
+
+    @property
+    def queued_tokens(self) -> int:
+        """The tokens of their prompts."""
+        return self._queue.tokens
 
     @property
     def silent_s(self) -> float:
@@ -182,6 +188,12 @@ class EngineClient(asyncio.Protocol):
             raise Unavailable(f"the engine has ended: {self.ended}")
         return self.welcome
 
+    def check(self, num_tokens: int = 1) -> None:
+        """Raise Unavailable where a prompt of so many tokens could not be taken now."""
+        if self.state not in ("serving", "reforming") or self.silent_s > SILENT_AFTER_S:
+            raise Unavailable(self.why_not_ready or "not ready", retry_after_s=5)
+        self._refuse_if_full(num_tokens)
+
     def start(self, prepared: PreparedRequest, news: asyncio.Event | None = None) -> Running:
         """Give the engine a request. Raises Unavailable where it cannot take it now.
 
@@ -189,15 +201,11 @@ class EngineClient(asyncio.Protocol):
         world is formed anew, requests wait for it as for their turn.
         """
         request = prepared.request
-        state = self.state
-        if state not in ("serving", "reforming") or self.silent_s > SILENT_AFTER_S:
-            raise Unavailable(self.why_not_ready or "not ready", retry_after_s=5)
-        self._refuse_if_full(len(request.prompt_ids))
+        self.check(len(request.prompt_ids))
         running = Running(RequestState(request, prepared.prompt, self._tokenizer), news)
         self.send(Start(request))
         self._running[request.request_id] = running
-        self.num_queued += 1
-        self.queued_tokens += len(request.prompt_ids)
+        self._queue.join(request.request_id, len(request.prompt_ids))
         return running
 
     def cancel(self, request_id: str) -> bool:
@@ -339,8 +347,8 @@ class EngineClient(asyncio.Protocol):
             if running is None:
                 continue
             if running.is_queued:
-                self._dequeue(running)
-                self._first_tokens_s.append(now_s)
+                running.is_queued = False
+                self._queue.serve(running.request_id)
             elif running.last_s is not None and running.last_s < now_s and self.on_gap is not None:
                 self.on_gap(now_s - running.last_s)
             running.last_s = now_s
@@ -376,44 +384,27 @@ class EngineClient(asyncio.Protocol):
 
     # -- books -------------------------------------------------------------------------------------
 
-    def _dequeue(self, running: Running) -> None:
-        if running.is_queued:
-            running.is_queued = False
-            self.num_queued -= 1
-            self.queued_tokens -= len(running.state.request.prompt_ids)
-
     def _forget(self, running: Running) -> None:
-        self._dequeue(running)
+        running.is_queued = False
+        self._queue.leave(running.request_id)
         self._running.pop(running.request_id, None)
 
     def _refuse_if_full(self, num_tokens: int) -> None:
         limits = self._limits
-        retry_s = self._queue_wait_s()
-        rounded_s = min(_MOST_RETRY_S, max(1, math.ceil(retry_s)))
+        wait_s = self._queue.guess_s()
         if self.num_queued >= limits.queue_requests:
-            raise Unavailable(
+            why = (
                 f"{self.num_queued} requests wait for their first token, and "
-                f"{limits.queue_requests} may; try again later",
-                retry_after_s=rounded_s,
+                f"{limits.queue_requests} may"
             )
-        if self.num_queued and self.queued_tokens + num_tokens > limits.queue_tokens:
-            raise Unavailable(
+        elif self.num_queued and self.queued_tokens + num_tokens > limits.queue_tokens:
+            why = (
                 f"prompts of {self.queued_tokens} tokens wait, and with this one's {num_tokens} "
-                f"they would be more than {limits.queue_tokens}; try again later",
-                retry_after_s=rounded_s,
+                f"they would be more than {limits.queue_tokens}"
             )
-        if self._max_queue_wait_s is not None and retry_s > self._max_queue_wait_s:
-            raise Unavailable(
-                f"the queue takes about {retry_s:.1f} s, and may take "
-                f"{self._max_queue_wait_s:g} s; try again later",
-                retry_after_s=rounded_s,
-            )
-
-    def _queue_wait_s(self) -> float:
-        """Guess how long a new request waits for its turn, from the latest first tokens."""
-        recent, now_s = self._first_tokens_s, time.monotonic()
-        while recent and now_s - recent[0] > _RECENT_S:
-            recent.popleft()
-        if len(recent) < 2 or not self.num_queued:
-            return 0.0
-        return self.num_queued * (now_s - recent[0]) / len(recent)
+        elif self._max_queue_wait_s is not None and wait_s > self._max_queue_wait_s:
+            why = f"the queue takes about {wait_s:.1f} s, and may take {self._max_queue_wait_s:g} s"
+        else:
+            return
+        retry_s = min(_MOST_RETRY_S, max(1, math.ceil(wait_s)))
+        raise Unavailable(f"{why}; try again later", retry_after_s=retry_s)

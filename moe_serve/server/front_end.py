@@ -70,7 +70,8 @@ def write_options(path: Path, options: FrontOptions, listener: int, host: int) -
 
 def main(folder: Path) -> int:
     """Serve until the host is gone or says that it is over; return the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # for the host, which then lets this one drain
+    # for the host, which then lets this one drain
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="moe-serve: front end: %(message)s")
     path = folder / OPTIONS_FILE
@@ -106,6 +107,7 @@ class FrontEnd:
             model=options.name,
             created=int(time.time()),
             version=options.version,
+            min_gap_s=self._server.service.stream_interval,
         )
         self._metrics = Metrics(self._client, self._state)
         app = build_app(self._state)

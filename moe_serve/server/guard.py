@@ -44,14 +44,29 @@ class Route:
     generates: bool = False
 
 
-# Every route of the server, by its exact path; tests compare them with the router's.
+# Every route of the server, as its router has it; tests compare the two. A path within
+# /v1/models/ is none of these, and is treated as unknown ones are: it needs a key.
 ROUTES: Mapping[str, Route] = {
     "/live": Route("open"),
     "/ready": Route("open"),
     "/health": Route("open"),
+    "/version": Route(),
+    "/openapi.json": Route(),
     "/metrics": Route(),
     "/dashboard": Route(),
+    "/dashboard/data": Route(),
+    "/dashboard/charts.js": Route(),
+    "/dashboard/figures.js": Route(),
+    "/dashboard/heatmap.js": Route(),
+    "/dashboard/icon.svg": Route(),
+    "/dashboard/page.css": Route(),
+    "/dashboard/page.js": Route(),
+    "/dashboard/rates.js": Route(),
     "/v1/models": Route(),
+    "/v1/models/{model:path}": Route(),
+    "/v1/abort": Route(),
+    "/tokenize": Route(),
+    "/detokenize": Route(),
     "/v1/completions": Route(generates=True),
     "/v1/chat/completions": Route(generates=True),
 }

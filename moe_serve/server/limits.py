@@ -24,8 +24,8 @@ class Limits:
     Of the server: requests for tokens at once; queue_requests that wait for their first token, and
     queue_tokens of their prompts; request_s for a whole request.
     Of one request: the others; prompt_ids of one prompt, parts of one message's content, variables
-    of a chat template, and json_names of all objects in a body together. error_bytes: of any answer
-    that is an error.
+    of a chat template, and json_parts (names, objects, lists) of a whole body. error_bytes: of any
+    answer that is an error.
     """
 
     body_bytes: int = 8 * 2**20
@@ -60,7 +60,7 @@ class Limits:
     name_chars: int = 256
     variables: int = 32
     json_depth: int = MAX_JSON_DEPTH
-    json_names: int = 2**15
+    json_parts: int = 2**15
     grammar_bytes: int = MAX_GRAMMAR_BYTES
     grammar_s: float = MAX_GRAMMAR_S
     template_s: float = 5.0

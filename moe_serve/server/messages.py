@@ -101,7 +101,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 
 
 class StatsReport(msgspec.Struct, frozen=True, tag=True):
-    """What was counted, sent about once a second while there are steps, and once after them."""
+    """What was counted: about once a second while there are steps, and at once after the last."""
 
     stats: EngineStats
     num_resubmitted: int

@@ -83,6 +83,13 @@ class ServiceConfig:
         default=DEFAULT_LIMITS.request_s,
         metadata={"help": "Seconds that a request may take; then it ends with a 504."},
     )
+    stream_interval: float = field(
+        default=0.01,
+        metadata={
+            "help": "Seconds between two chunks of a stream, at least: tokens that come meanwhile "
+            "go together. 0: a chunk for each step."
+        },
+    )
     shutdown_timeout: float = field(
         default=30.0,
         metadata={"help": "Seconds that requests have to end after SIGTERM, before they are cut."},
@@ -108,6 +115,7 @@ class ServiceConfig:
         times = {
             "max_queue_wait": 0.01,
             "request_timeout": 0.1,
+            "stream_interval": 0.0,
             "shutdown_timeout": 0.0,
             "stats_interval": 0.0,
         }

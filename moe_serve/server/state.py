@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class FrontState:
     model: its name in the API. created: when it was loaded, in seconds since 1970. min_gap_s: the
     least time between two chunks of a stream; what comes meanwhile goes out together. ping_s: after
     so long without a chunk a comment is sent. on_started, on_finished: told of each request for
-    text. metrics: returns the body and the content type of GET /metrics.
+    text. metrics: returns the body and the content type of GET /metrics. serving: requests by the
+    ids of their answers. counter: numbers that make ids of the engine's requests unique.
     """
 
     client: EngineClient
@@ -76,6 +78,7 @@ class FrontState:
         self.defaults = self.texts.default_sampling_params()
         self.names = TokenNames(self.texts.tokenizer)
         self.pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
+        self.counter = itertools.count()
         self._maker: RequestMaker | None = None
 
     @property

@@ -127,11 +127,11 @@ def read_body(
 
 def named_field(message: str, kind: Kind) -> str | None:
     """Return the field that an error of `read_body` is about: its message begins with it."""
-    found = re.match(r"(?:parameter '|the )?(\w+)", message)
+    found = re.match(r"(?:parameter '|the (?=prompt ))?(\w+)", message)
     name = found.group(1) if found else ""
     if name == "prompt":
         return "prompt" if kind == "completion" else "messages"
-    if message.startswith("chat template"):
+    if message.startswith(("chat template", "the model has no chat template")):
         return "messages"
     known = SAMPLING_FIELDS | OWN_FIELDS[kind] | SERVER_FIELDS
     return name if name in known or message.startswith("parameter '") else None
@@ -152,8 +152,9 @@ def _check_known(kind: Kind, given: Mapping[str, Any], is_served: bool) -> None:
             raise RequestError(f"{name} is {value!r:.80}; it must be true or false")
     if given.get("stream") and not is_served:
         raise RequestError("stream is True; only False is supported here")
-    if given.get("stream") and "prompt_logprobs" in given:
-        raise RequestError("prompt_logprobs cannot be streamed: leave stream out")
+    for name in ("prompt_logprobs", "return_routed_experts"):
+        if given.get("stream") and name in given and given[name] is not False:
+            raise RequestError(f"{name} cannot be streamed: leave stream out")
     for name in ("model", "user", "request_id"):
         if name in given and not isinstance(given[name], str):
             raise RequestError(f"{name} is {given[name]!r:.80}; it must be text")
@@ -385,6 +386,8 @@ def _choice(
     end: dict[str, Any] = {"index": first + one.index, "finish_reason": one.finish_reason}
     if asked.has_token_ids:
         end["token_ids"] = list(one.token_ids)
+    if one.routed_experts is not None:  # of each token: of each layer with experts, those it used
+        end["routed_experts"] = one.routed_experts.array().tolist()
     num_top = asked.sampling.logprobs
     if asked.kind == "completion":
         text = prompt_text(output, names) + one.text if asked.echo else one.text

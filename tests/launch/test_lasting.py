@@ -1,180 +1,209 @@
-"""Worlds that are lost again and again: the cause is found, and all other requests are served."""
+"""Worlds that come and go under an engine, without processes: its books, and when it gives up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
-from moe_serve.errors import CommError, MoeServeError
+from moe_serve.errors import CapacityError, CommError, RequestError
+from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.launch.lasting import LastingEngine
 from moe_serve.types import Request, SamplingParams, StepOutput
 
-NUM_TOKENS = 6
 
+class World:
+    """Gives each output its next token a step: the position it has in the whole output."""
 
-class FakeWorld:
-    """Gives each request a token a step: how many it had. ends: whether a step, or add, ends it."""
+    def __init__(self, generation: int, fate: dict[str, int]) -> None:
+        self.generation = generation
+        self.requests: dict[str, Request] = {}
+        self.given: dict[tuple[str, int], int] = {}
+        self.fate = fate  # call name: how many of it before the world is lost
+        self.slots: int | None = None
 
-    def __init__(self, ends: Callable[[Request, int], bool], limit: int = 100) -> None:
-        self.requests: dict[str, tuple[Request, list[list[int] | None]]] = {}
-        self._ends = ends
-        self._limit = limit
+    def _live(self, name: str) -> None:
+        self.fate[name] = self.fate.get(name, -1) - 1
+        if self.fate[name] == -1:
+            raise CommError(f"lost in {name}")
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self.requests)
 
     def add(self, request: Request) -> None:
-        if len(self.requests) >= self._limit:
-            raise MoeServeError("no room")
-        outputs = request.output_ids or ((),) * request.sampling.n
-        self.requests[request.request_id] = (
-            request, [None if tokens is None else list(tokens) for tokens in outputs]
-        )  # fmt: skip
-        if self._ends(request, -1):
-            raise CommError("a rank is gone")
+        if len(request.prompt_ids) > 100:
+            raise CapacityError("too long")
+        self._live("add")
+        self.requests[request.request_id] = request
+        for index in range(request.sampling.n):
+            tokens = request.output_ids[index] if request.output_ids else ()
+            if tokens is not None:
+                self.given[request.request_id, index] = len(tokens)
 
     def start_step(self) -> None:
-        pass
+        self._live("start_step")
 
     def finish_step(self) -> list[StepOutput]:
-        found = []
-        for request, outputs in list(self.requests.values()):
-            for index, tokens in enumerate(outputs):
-                if tokens is None:
-                    continue
-                if self._ends(request, len(tokens)):
-                    raise CommError("a rank is gone")
-                tokens.append(len(tokens))
-                is_last = len(tokens) == NUM_TOKENS
-                reason: Any = "length" if is_last else None
-                found.append(StepOutput(request.request_id, index, (len(tokens) - 1,), (), reason))
-                if is_last:
-                    outputs[index] = None
-            if all(tokens is None for tokens in outputs):
-                del self.requests[request.request_id]
-        return found
+        self._live("finish_step")
+        outputs = []
+        for (name, index), count in list(self.given.items()):
+            most = self.requests[name].sampling.max_tokens or 0
+            reason = "length" if count + 1 == most + index else None
+            outputs.append(StepOutput(name, index, (count,), finish_reason=cast(Any, reason)))
+            self.given[name, index] = count + 1
+            if reason:
+                self._end(name, index)
+        return outputs
+
+    def _end(self, name: str, index: int) -> None:
+        del self.given[name, index]
+        if not any(other == name for other, _ in self.given):
+            del self.requests[name]
 
     def abort(self, request_id: str) -> bool:
-        return self.requests.pop(request_id, None) is not None
-
-    def stop(self, request_id: str, index: int) -> bool:
-        if request_id not in self.requests:
-            return False
-        self.requests[request_id][1][index] = None
+        self._live("abort")
+        for name, index in list(self.given):
+            if name == request_id:
+                self._end(name, index)
         return True
 
+    def stop(self, request_id: str, index: int) -> bool:
+        self._live("stop")
+        self._end(request_id, index)
+        return True
 
-def lasting(
-    ends: Callable[[Request, int], bool], max_losses: int = 3, limit: int = 100
-) -> LastingEngine:
-    return LastingEngine(
-        lambda generation: cast(Any, FakeWorld(ends, limit)), max_losses=max_losses
+    def listen(self) -> None:
+        self._live("listen")
+
+    def stats(self) -> str:
+        self._live("stats")
+        return f"world {self.generation}"
+
+    def resize_expert_cache(self, slots: int) -> None:
+        self.slots = slots
+
+    def close(self) -> None:
+        pass
+
+
+class Worlds:
+    """fates: of each world to come, one after the other; then worlds that live for ever."""
+
+    def __init__(self, *fates: dict[str, int] | CommError, **options: Any) -> None:
+        self.fates = list(fates)
+        self.formed: list[World] = []
+        self.why: list[str] = []
+        self.engine = LastingEngine(self.form, on_loss=self.why.append, **options)
+
+    def form(self, generation: int) -> RankedEngine:
+        fate = self.fates.pop(0) if self.fates else {}
+        if isinstance(fate, CommError):
+            raise fate
+        self.formed.append(World(generation, dict(fate)))
+        return cast(RankedEngine, self.formed[-1])
+
+
+def request(name: str, length: int = 6, n: int = 1) -> Request:
+    return Request(
+        request_id=name, prompt_ids=(1,), sampling=SamplingParams(max_tokens=length, n=n)
     )
 
 
-def request(name: str, n: int = 1) -> Request:
-    return Request(request_id=name, prompt_ids=(1,), sampling=SamplingParams(n=n))
-
-
-def drain(engine: LastingEngine, limit: int = 100) -> dict[str, list[list[Any]]]:
-    """Step until all has ended; return the tokens of each output, with its error at the end."""
-    found: dict[str, list[list[Any]]] = {}
-    for _ in range(limit):
+def run(engine: LastingEngine) -> dict[tuple[str, int], list[int]]:
+    found: dict[tuple[str, int], list[int]] = {}
+    for _ in range(100):
         if not engine.has_unfinished:
             return found
         for output in engine.step():
-            lists = found.setdefault(output.request_id, [])
-            while len(lists) <= output.index:
-                lists.append([])
-            lists[output.index] += output.token_ids
-            if output.error is not None:
-                lists[output.index].append(output.error)
-    raise AssertionError("it has not ended")
+            found.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+            assert output.finish_reason != "error", output.error
+    raise AssertionError("it does not end")
 
 
-WHOLE = list(range(NUM_TOKENS))
+@pytest.mark.parametrize("call", ["start_step", "finish_step"])
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_every_token_comes_once_whenever_the_world_is_lost(call: str, after: int) -> None:
+    worlds = Worlds({call: after}, {call: 0})
+    for name in ("a", "b"):
+        worlds.engine.add(request(name))
+    assert run(worlds.engine) == {("a", 0): [*range(6)], ("b", 0): [*range(6)]}
+    assert worlds.engine.generation == 2
+    assert worlds.why == [f"lost in {call}"] * 2
+    assert worlds.engine.num_resubmitted == 4
 
 
-@pytest.mark.parametrize("at", [-1, 0, 3, NUM_TOKENS - 1])
-def test_the_request_that_ends_worlds_is_ended_and_the_others_are_served(at: int) -> None:
-    engine = lasting(lambda one, length: one.request_id == "bad" and length == at)
-    for name in ("a", "b", "bad", "c"):
-        engine.add(request(name, n=2 if name == "b" else 1))
-    found = drain(engine)
-    assert found.pop("b") == [WHOLE, WHOLE]
-    (bad,) = found.pop("bad")
-    assert bad[:-1] == WHOLE[: max(0, at)]
-    assert "under way when ranks were lost 3 times: a rank is gone" in bad[-1]
-    assert found == {"a": [WHOLE], "c": [WHOLE]}
-    assert engine.generation == 3
+def test_outputs_that_have_ended_stay_ended() -> None:
+    worlds = Worlds({"finish_step": 4})
+    worlds.engine.add(request("a", 3, n=3))  # of 3, 4 and 5 tokens
+    assert run(worlds.engine) == {("a", i): [*range(3 + i)] for i in range(3)}
+    assert worlds.engine.generation == 1
 
 
-def test_what_comes_while_one_is_tried_is_served_beside_it() -> None:
-    engine = lasting(lambda one, length: one.request_id == "bad" and length == 2)
-    engine.add(request("a"))
-    engine.add(request("bad"))
-    while engine.generation < 2:
-        engine.step()
-    engine.add(request("late"))
-    found = drain(engine)
-    assert found["late"] == [WHOLE]
-    assert found["a"][0][-2:] == WHOLE[-2:]
-    assert isinstance(found["bad"][0][-1], str)
+def test_a_world_lost_while_a_request_is_added_has_it_afterwards() -> None:
+    worlds = Worlds({"add": 1})
+    worlds.engine.add(request("a"))
+    worlds.engine.add(request("b"))
+    assert run(worlds.engine) == {("a", 0): [*range(6)], ("b", 0): [*range(6)]}
 
 
-def test_two_causes_cost_a_world_more() -> None:
-    engine = lasting(lambda one, length: one.request_id.startswith("bad") and length == 2, 4)
-    for name in ("bad 1", "a", "bad 2", "b"):
-        engine.add(request(name))
-    found = drain(engine)
-    assert [found["a"], found["b"]] == [[WHOLE], [WHOLE]]
-    assert engine.generation == 4
+def test_what_is_refused_is_not_kept() -> None:
+    worlds = Worlds({"finish_step": 0})
+    long = Request(request_id="a", prompt_ids=(1,) * 101, sampling=SamplingParams())
+    with pytest.raises(CapacityError):
+        worlds.engine.add(long)
+    worlds.engine.add(request("a"))
+    with pytest.raises(RequestError, match="in use"):
+        worlds.engine.add(request("a"))
+    assert run(worlds.engine) == {("a", 0): [*range(6)]}
+    worlds.engine.add(request("a"))  # free again
 
 
-@pytest.mark.parametrize("losses", [(2,), (2, 4), (2, 4, 6)])
-def test_losses_that_no_request_causes_end_none_until_there_are_too_many(
-    losses: tuple[int, ...],
-) -> None:
-    num_calls = 0
-
-    def ends(one: Request, length: int) -> bool:
-        nonlocal num_calls
-        num_calls += one.request_id == "a" and length >= 0
-        return one.request_id == "a" and length >= 0 and num_calls in losses
-
-    engine = lasting(ends, max_losses=2)
-    for name in ("a", "b", "c"):
-        engine.add(request(name))
-    if len(losses) > 2:
-        with pytest.raises(CommError, match="the limit is 2"):
-            drain(engine)
-    else:
-        assert drain(engine) == {name: [WHOLE] for name in ("a", "b", "c")}
+def test_who_was_dropped_does_not_come_back() -> None:
+    worlds = Worlds({"abort": 0, "stop": 5})
+    worlds.engine.add(request("a"))
+    worlds.engine.add(request("b", n=2))
+    worlds.engine.step()
+    assert worlds.engine.abort("a")  # the world is lost in this
+    assert not worlds.engine.abort("a")
+    assert worlds.engine.stop("b", 0)
+    assert not worlds.engine.stop("b", 0)
+    assert run(worlds.engine) == {("b", 1): [*range(1, 7)]}
 
 
-def test_suspects_that_wait_can_be_aborted_and_stopped() -> None:
-    engine = lasting(lambda one, length: one.request_id == "bad" and length == 2)
-    for name in ("a", "b", "c", "bad"):
-        engine.add(request(name, n=2 if name == "c" else 1))
-    while engine.generation < 2:
-        engine.step()
-    assert engine.abort("b")
-    assert not engine.abort("b")
-    assert engine.stop("c", 0)
-    assert not engine.stop("c", 7)
-    found = drain(engine)
-    assert "b" not in found
-    assert found["c"][0] == []
-    assert found["c"][1][-1] == NUM_TOKENS - 1
+@pytest.mark.parametrize("call", ["listen", "stats"])
+def test_a_world_lost_while_nobody_asks_is_formed_anew(call: str) -> None:
+    worlds = Worlds({call: 0})
+    engine = worlds.engine
+    engine.listen() if call == "listen" else engine.stats()
+    assert str(engine.stats()) == "world 1"
 
 
-def test_what_a_smaller_world_does_not_take_is_ended() -> None:
-    engine = lasting(lambda one, length: False, limit=2)
-    engine.add(request("a"))
-    engine.add(request("b"))
-    with pytest.raises(MoeServeError, match="no room"):
-        engine.add(request("c"))
-    assert drain(engine) == {"a": [WHOLE], "b": [WHOLE]}
+def test_it_gives_up_after_too_many_losses() -> None:
+    worlds = Worlds(*[{"finish_step": 0}] * 9, max_losses=1)
+    worlds.engine.add(request("a"))
+    worlds.engine.step()
+    with pytest.raises(CommError, match=r"lost in finish_step .*: 2; the limit is 1"):
+        worlds.engine.step()
+
+
+def test_a_world_that_cannot_be_formed_is_tried_again() -> None:
+    worlds = Worlds({"finish_step": 0}, CommError("a rank did not come"))
+    worlds.engine.add(request("a"))
+    assert run(worlds.engine) == {("a", 0): [*range(6)]}
+    assert worlds.why == ["lost in finish_step", "a rank did not come"]
+
+
+def test_a_new_world_has_the_slots_of_the_old_one() -> None:
+    worlds = Worlds({"listen": 0})
+    worlds.engine.resize_expert_cache(5)
+    worlds.engine.listen()
+    assert [world.slots for world in worlds.formed] == [5, 5]
+
+
+def test_a_closed_engine_forms_no_world() -> None:
+    worlds = Worlds({"add": 0})
+    worlds.engine.close()
+    with pytest.raises(CommError, match="lost in add"):
+        worlds.engine.add(request("a"))
+    assert len(worlds.formed) == 1

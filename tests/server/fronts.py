@@ -50,8 +50,8 @@ def state_of(client: EngineClient, **options: Any) -> FrontState:
     )
 
 
-def front(model: FakeModel | None = None, **options: Any) -> tuple[FastAPI, FrontState]:
+def front(fake: FakeModel | None = None, **options: Any) -> tuple[FastAPI, FrontState]:
     """Return an application whose engine is in the same event loop, and its state."""
     texts = options.get("texts") or demo_texts()
-    state = state_of(InProcessClient(model, texts.tokenizer), **options)
+    state = state_of(InProcessClient(fake, texts.tokenizer), **options)
     return build_app(state), state

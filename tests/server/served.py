@@ -52,6 +52,7 @@ class Served:
         self._server = uvicorn.Server(config)
         self._is_up.set()
         await self._server.serve(sockets=[self._socket])
-        client.close()
+        self.host.hang_up()
         await client.wait_until_closed()
+        await asyncio.sleep(0.005)  # the socket is closed after the client was told
         self.state.close()

@@ -229,6 +229,32 @@ def test_bytes_that_are_no_body(data: bytes, param: str | None) -> None:
     assert time.monotonic() - begun_s < 2
 
 
+def wide(start: bytes, part: bytes, end: bytes) -> bytes:
+    """Return a body of about the most bytes, of one part over again."""
+    return start + part * ((L.body_bytes - 100) // len(part)) + end
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        wide(b'{"prompt":[', b"[],", b"[]]}"),
+        wide(b'{"prompt":"a","structured_outputs":{"json":{"a":[', b"[],", b"[]]}}}"),
+        wide(b'{"prompt":"a","unknown":[', b"{},", b"{}]}"),
+        wide(b'{"prompt":"a"', b',"b":1', b"}"),
+        wide(b'{"prompt":[', b"1,", b"1]}"),
+        wide(b'{"prompt":"', b'\\":', b"\\"),
+        b"{" + b",".join(b'"k%d":1' % i for i in range(L.json_parts - 1)) + b"}",
+    ],
+    ids=["lists", "lists in a schema", "objects", "names", "integers", "half a text", "names"],
+)
+def test_large_bodies_are_refused_soon(data: bytes) -> None:
+    begun_s = time.monotonic()
+    with pytest.raises(ApiError) as found:
+        parse_body(data, CompletionBody)
+    assert found.value.status == 400
+    assert time.monotonic() - begun_s < 2  # without the limit of parts, three times this
+
+
 def test_there_are_enough_of_them() -> None:
     assert len(list(cases())) + len(BAD_BYTES) >= 150
 

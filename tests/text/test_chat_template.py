@@ -195,3 +195,13 @@ def test_a_pipe_is_not_read(tmp_path: Path) -> None:
         read_chat_template(tmp_path / "chat_template.jinja")
     with pytest.raises(CheckpointError, match="not a regular file"):
         load_chat_template(tmp_path)
+
+
+def test_only_what_a_template_reads_may_be_given() -> None:
+    template = ChatTemplate(
+        "{{ bos_token }}{{ eos_token }}{% set own = 1 %}{{ own }}{{ range(3) | length }}"
+        "{% if enable_thinking is defined and enable_thinking %}think{% endif %}"
+        "{% for m in messages %}{{ m.content }}{{ loop.index }}{% endfor %}{{ tools }}",
+        {"bos_token": "<s>"},
+    )
+    assert template.variables == {"enable_thinking"}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_serve.errors import RequestError
 from moe_serve.text.chat_template import ChatTemplate
-from moe_serve.text.openai_form import read_body, response_object
+from moe_serve.text.openai_form import KIND_OF_URL, named_field, read_body, response_object
 from moe_serve.text.openai_logprobs import TokenNames
 from moe_serve.text.prompts import RequestMaker
 from moe_serve.text.tokenizer import load_tokenizer
 from moe_serve.types import (
     CompletionOutput,
     RequestOutput,
+    RoutedExperts,
     SamplingParams,
     StructuredOutputs,
     TokenLogprobs,
@@ -211,3 +215,161 @@ def test_a_chat_without_a_template_says_what_to_do() -> None:
     plain = RequestMaker(vocab_size=6144, max_model_len=256, tokenizer=TOKENIZER)
     with pytest.raises(RequestError, match=r"pass --chat-template, or use /v1/completions"):
         read_body(CHAT, {"messages": HI}, plain, DEFAULTS)
+
+
+def served(url: str, body: dict[str, Any]) -> Any:
+    return read_body(url, body, MAKER, SamplingParams(), is_served=True, most_prompts=3)
+
+
+def test_several_prompts_are_for_a_server() -> None:
+    found = served(COMPLETIONS, {"prompt": ["a", "b"], "cache_salt": "s"})
+    assert found.prompts == (
+        {"prompt": "a", "cache_salt": "s"},
+        {"prompt": "b", "cache_salt": "s"},
+    )
+    found = served(COMPLETIONS, {"prompt": [[1], [2, 3]]})
+    assert found.prompts == ({"prompt_token_ids": [1]}, {"prompt_token_ids": [2, 3]})
+    with pytest.raises(RequestError, match="a list of 4 prompts; give at most 3"):
+        served(COMPLETIONS, {"prompt": ["a"] * 4})
+
+
+def test_what_is_for_a_server_alone() -> None:
+    body = {"messages": HI, "stream": True, "stream_options": {"include_usage": True}}
+    found = served(CHAT, {**body, "request_id": "r"})
+    assert (found.is_streamed, found.has_usage_chunk, found.request_id) == (True, True, "r")
+    assert not found.has_usage_always
+    for name in ("stream_options", "request_id"):
+        with pytest.raises(RequestError, match=f"'{name}' is not supported"):
+            read_body(COMPLETIONS, {"prompt": "a", name: "x"}, MAKER, DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "says", "field"),
+    [
+        (COMPLETIONS, {"stream_options": {"include_usage": True}}, "needs", "stream_options"),
+        (COMPLETIONS, {"stream": True, "prompt_logprobs": 1}, "be streamed", "prompt_logprobs"),
+        (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, "may have", "stream_options"),
+        (CHAT, {"stream": True, "return_routed_experts": True}, "be str", "return_routed_experts"),
+        (COMPLETIONS, {"echo": 1}, "true or false", "echo"),
+        (COMPLETIONS, {"best_of": True}, "only 1", "best_of"),
+        (COMPLETIONS, {"truncate_prompt_tokens": 0}, "from 1", "truncate_prompt_tokens"),
+        (COMPLETIONS, {"priority": "x"}, "an integer", "priority"),
+        (COMPLETIONS, {"x": 1}, "not supported", "x"),
+        (CHAT, {"tool_choice": "auto"}, "only 'none'", "tool_choice"),
+        (CHAT, {"chat_template_kwargs": 5}, "an object", "chat_template_kwargs"),
+        (CHAT, {"chat_template_kwargs": {"stile": 5}}, "mean 'style'", "chat_template_kwargs"),
+        (CHAT, {"chat_template_kwargs": {"messages": []}}, "not read", "chat_template_kwargs"),
+        (CHAT, {"continue_final_message": True, "add_generation_prompt": True}, "needs",
+         "continue_final_message"),
+    ],
+)  # fmt: skip
+def test_faults_name_their_field(url: str, body: dict[str, Any], says: str, field: str) -> None:
+    own = {"prompt": "a"} if url == COMPLETIONS else {"messages": HI}
+    maker = dataclasses.replace(
+        MAKER, chat_template=ChatTemplate("{{ messages[0].content }}{{ style }}")
+    )
+    with pytest.raises(RequestError, match=says) as found:
+        read_body(url, {**own, **body}, maker, DEFAULTS, is_served=True)
+    assert named_field(str(found.value), KIND_OF_URL[url]) == field
+
+
+def test_the_prompt_is_the_field_of_what_is_wrong_with_it() -> None:
+    for message in ("the prompt is empty; give a token", "prompt holds token id 7"):
+        assert named_field(message, "completion") == "prompt"
+        assert named_field(message, "chat") == "messages"
+    assert named_field("the model has no chat template: pass one", "chat") == "messages"
+    assert named_field("chat template was stopped: too long", "chat") == "messages"
+    assert named_field("something else", "chat") is None
+
+
+def test_a_prompt_may_be_cut_from_its_start() -> None:
+    assert TOKENIZER is not None
+    ids = TOKENIZER.encode("One two three four")
+    found = served(COMPLETIONS, {"prompt": "One two three four", "truncate_prompt_tokens": 2})
+    assert found.prompt == {"prompt_token_ids": ids[-2:]}
+    found = served(COMPLETIONS, {"prompt": "One", "add_special_tokens": False})
+    assert found.prompt == {"prompt_token_ids": TOKENIZER.encode("One", add_special_tokens=False)}
+
+
+def test_a_chat_may_go_on_with_its_last_message() -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    maker = dataclasses.replace(MAKER, chat_template=template)
+    messages = [*HI, {"role": "assistant", "content": "The end"}]
+
+    def text(**options: Any) -> str:
+        prompt: Any = read_body(CHAT, {"messages": messages, **options}, maker, DEFAULTS).prompt
+        assert TOKENIZER is not None
+        return TOKENIZER.decode(prompt["prompt_token_ids"])
+
+    assert text() == "<user>Hi<end><assistant>The end<end><assistant>"
+    assert text(add_generation_prompt=False) == "<user>Hi<end><assistant>The end<end>"
+    assert text(continue_final_message=True) == "<user>Hi<end><assistant>The end"
+    messages[1]["content"] = ""
+    with pytest.raises(RequestError, match="a last message with text"):
+        text(continue_final_message=True)
+
+
+def test_an_echo_has_the_prompt_and_its_logprobs() -> None:
+    asked = read_body(
+        COMPLETIONS, {"prompt": "Hi", "echo": True, "logprobs": 1, "prompt_logprobs": 2}, MAKER,
+        DEFAULTS,
+    )  # fmt: skip
+    assert asked.sampling.prompt_logprobs == 2
+    entry = TokenLogprobs(74, -math.inf, 9, ((41, -0.5), (42, -1.0)))
+    output = dataclasses.replace(
+        answer(), prompt="Hi", prompt_token_ids=(41, 74), prompt_logprobs=(None, entry)
+    )
+    found = response_object(
+        [output], asked, model="m", response_id="c", created=5, names=TokenNames(TOKENIZER)
+    )
+    (choice,) = found["choices"]
+    assert choice["text"] == "HiHi"
+    assert choice["logprobs"]["tokens"] == ["H", "i", "H", "i"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -9999.0, -0.1, -0.2]
+    assert choice["logprobs"]["top_logprobs"][:2] == [None, {"i": -9999.0, "H": -0.5}]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
+    first, second = choice["prompt_logprobs"]
+    assert first is None
+    assert second["74"] == {"logprob": -9999.0, "rank": 9, "decoded_token": "i"}
+    assert [second[name]["rank"] for name in ("41", "42")] == [1, 2]
+
+
+def test_token_ids_where_they_are_asked_for() -> None:
+    for url, own in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": HI})):
+        asked = read_body(url, {**own, "return_token_ids": True}, MAKER, DEFAULTS)
+        found = response_object(
+            [answer()], asked, model="m", response_id="c", created=5, names=TokenNames(TOKENIZER)
+        )
+        (choice,) = found["choices"]
+        assert choice["token_ids"] == [41, 74]
+        assert (choice if url == COMPLETIONS else found)["prompt_token_ids"] == [1, 2, 3]
+
+
+def test_choices_of_several_prompts_count_on() -> None:
+    asked = served(COMPLETIONS, {"prompt": ["a", "b"]})
+    found = response_object(
+        [answer(), answer()], asked, model="m", response_id="c", created=5,
+        names=TokenNames(TOKENIZER),
+    )  # fmt: skip
+    assert [choice["index"] for choice in found["choices"]] == [0, 1]
+    assert found["usage"] == {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
+
+
+def test_routed_experts_are_of_a_choice() -> None:
+    asked = read_body(CHAT, {"messages": HI, "return_routed_experts": True}, MAKER, DEFAULTS)
+    assert asked.sampling.return_routed_experts
+    ids = np.arange(8, dtype=np.int16).reshape(2, 2, 2)
+    (one,) = answer().outputs
+    one = dataclasses.replace(one, routed_experts=RoutedExperts.of(0, ids))
+    found = response_object(
+        [dataclasses.replace(answer(), outputs=(one,))],
+        asked,
+        model="m",
+        response_id="c",
+        created=5,
+        names=TokenNames(TOKENIZER),
+    )
+    assert found["choices"][0]["routed_experts"] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +115,24 @@ def test_a_pipe_is_not_read(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(CheckpointError, match="not a regular file"):
         load_tokenizer(tmp_path)
+
+
+def test_a_long_text_leaves_other_threads_their_turn() -> None:
+    tokenizer = loaded(EMBEDDED)
+    chance = random.Random(1)
+    text = " ".join("".join(chance.choices("abcdefghij", k=7)) for _ in range(40_000))
+    is_over = threading.Event()
+
+    def encode() -> None:
+        tokenizer.encode(text)
+        is_over.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    num_turns = 0
+    while not is_over.is_set():
+        time.sleep(0.001)
+        num_turns += 1
+    thread.join()
+    # it takes more than 50 ms; with the lock kept there would be hardly a turn
+    assert num_turns > 8
