@@ -14,7 +14,7 @@ from moe_serve.launch.lifeline import hold
 MODULES = {
     "rank": "moe_serve.launch.rank",
     "front_end": "moe_serve.server.front_end",
-    "host": "moe_serve.launch.host",
+    "host": "moe_serve.launch.host_process",
 }
 
 

@@ -156,7 +156,7 @@ class Host:
                 self._turn(engine)
         except MoeServeError as error:
             self._set_state("failed", str(error))
-            self._say(Failed(str(error)))
+            self._say(Failed(str(error), type(error).__name__))
             self._linger()
             raise
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe_serve.openmp import wait_shortly
 
 if TYPE_CHECKING:
+    from moe_serve.async_llm import AsyncLLM
     from moe_serve.config import EngineConfig
     from moe_serve.llm import LLM
     from moe_serve.structured_outputs import StructuredOutputs
@@ -18,10 +19,18 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["LLM", "EngineConfig", "SamplingParams", "StructuredOutputs", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "EngineConfig",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+]
 
 _MODULE_OF = {
     "LLM": "moe_serve.llm",
+    "AsyncLLM": "moe_serve.async_llm",
     "EngineConfig": "moe_serve.config",
     "SamplingParams": "moe_serve.types",
     "StructuredOutputs": "moe_serve.structured_outputs",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 import weakref
 from collections import deque
@@ -17,14 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
-from moe_serve.config import EMBEDDED_MODEL, EngineConfig, resolve_options
-from moe_serve.errors import ConfigError, MoeServeError, RequestError
-from moe_serve.hub import resolve_model
+from moe_serve.config import EngineConfig
+from moe_serve.errors import MoeServeError, RequestError
 from moe_serve.launch.coordinator import RankedEngine
+from moe_serve.launch.named_model import find_model
 from moe_serve.launch.open import open_engine
 from moe_serve.launch.worker import Follower
-from moe_serve.models.hf_config import GenerationDefaults, HFConfig
-from moe_serve.models.registry import read_spec
+from moe_serve.models.hf_config import GenerationDefaults
 from moe_serve.models.spec import ModelSpec
 from moe_serve.text.chat_template import ChatTemplate
 from moe_serve.text.interrupts import HeldInterrupt
@@ -85,42 +83,13 @@ class LLM:
         use_tqdm: bool | None = None,
         **options: Any,
     ) -> None:
-        if model is not None:
-            options["model"] = str(model)
-        if config is None:
-            config = EngineConfig.from_options(resolve_options(options))
-        elif options:
-            raise ConfigError(
-                f"config and {', '.join(sorted(options))} are both given; "
-                "set it in config, or leave config out"
-            )
-        weights, given = config.weights, config
-        folder = resolve_model(weights.model, weights.revision)
-        if weights.revision is not None and _is_local(weights.model):
-            logger.warning(
-                "revision %s has no effect: %s is no name of the hub",
-                weights.revision,
-                weights.model,
-            )
-        tokenizer_folder = None
-        if weights.tokenizer is not None:
-            tokenizer_folder = resolve_model(weights.tokenizer)
-            # grammars are the engine's, which knows folders and no hub
-            weights = dataclasses.replace(weights, tokenizer=str(tokenizer_folder))
-            config = dataclasses.replace(config, weights=weights)
-        spec = read_spec(HFConfig.read(folder))
-        texts = ModelTexts.read(  # checked before the weights, which may take minutes
-            folder,
-            spec.vocab_size,
-            tokenizer_folder=tokenizer_folder,
-            chat_template=None if chat_template is None else Path(chat_template),
-        )
+        named = find_model(model, config, options, chat_template)
         with loading_bar(is_shown=use_tqdm) as on_progress:
-            engine = open_engine(config, folder, on_progress=on_progress)
+            engine = open_engine(named.config, named.folder, on_progress=on_progress)
         if isinstance(engine, Follower):
             self._follower = engine
             engine = engine.worker.engine
-        self._adopt(engine, texts, given)
+        self._adopt(engine, named.texts, named.given)
 
     @classmethod
     def from_parts(
@@ -528,10 +497,6 @@ def _close_quietly(engine: TokenEngine) -> None:
         engine.close()
     except MoeServeError as error:
         logger.error("%s", error)
-
-
-def _is_local(name: str) -> bool:
-    return name == EMBEDDED_MODEL or os.path.lexists(os.path.expanduser(name))
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -285,8 +285,8 @@ def test_ranks_with_other_numerics_or_weights_are_refused_on_all(tmp_path: Path)
     script.write_text(
         "import pathlib, sys\n"
         "from moe_serve import hub, cli\n"
-        "import moe_serve.llm as llm\n"
-        f"llm.resolve_model = lambda name, revision: pathlib.Path({str(folders[1])!r})\n"
+        "from moe_serve.launch import named_model\n"
+        f"named_model.resolve_model = lambda name, revision: pathlib.Path({str(folders[1])!r})\n"
         "sys.argv = ['moe-serve', *sys.argv[1:]]\n"
         "cli.main()\n"
     )

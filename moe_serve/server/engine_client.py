@@ -128,6 +128,7 @@ class EngineClient(asyncio.Protocol):
         self.welcome: Welcome | None = None
         self.beat: Beat | None = None
         self.report: StatsReport | None = None
+        self.failed: Failed | None = None
         self.is_draining = False
         self.on_gap: Callable[[float], None] | None = None
         self.on_tokens: Callable[[int], None] | None = None
@@ -240,6 +241,25 @@ class EngineClient(asyncio.Protocol):
         self.send(Drained())
         self.flush()
 
+    def close(self) -> None:
+        """Write what was sent, and close the connection."""
+        self.flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def leave(self) -> None:
+        """Say nothing more: the host hears that nobody is there, and may have last words."""
+        self.flush()
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write_eof()
+
+    def lose(self, why: str) -> None:
+        """Let go of a host that cannot be understood, or is silent: all that runs ends."""
+        logger.error("the engine's host: %s", why)
+        self._end(why)
+        if self._transport is not None:
+            self._transport.abort()
+
     def send_beat(self, num_open: int) -> None:
         """Give the host a sign of life. num_open: HTTP requests begun and not ended."""
         self.send(FrontBeat(num_open))
@@ -271,7 +291,7 @@ class EngineClient(asyncio.Protocol):
         while len(self._buffer) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer, start)
             if length > MOST_BYTES:
-                self._lose(f"it said a message of {length} bytes")
+                self.lose(f"it said a message of {length} bytes")
                 return
             end = start + _LENGTH.size + length
             if len(self._buffer) < end:
@@ -281,11 +301,11 @@ class EngineClient(asyncio.Protocol):
                     self._decoder.decode(memoryview(self._buffer)[start + _LENGTH.size : end])
                 )
             except msgspec.DecodeError as error:
-                self._lose(f"it said what is no message: {error}")
+                self.lose(f"it said what is no message: {error}")
                 return
             except Exception:  # what it says from now on may not fit what is known here
                 logger.exception("a message of the engine's host")
-                self._lose("what it said could not be taken in")
+                self.lose("what it said could not be taken in")
                 return
             start = end
         del self._buffer[:start]
@@ -315,6 +335,7 @@ class EngineClient(asyncio.Protocol):
                 self.is_draining = True
                 self._on_drain(message)
             case Failed(message=why):
+                self.failed = message
                 self._end(why)
 
     def _update(self, outputs: tuple[Any, ...]) -> None:
@@ -346,13 +367,6 @@ class EngineClient(asyncio.Protocol):
             if running.state.is_finished:
                 self._forget(running)
             running.tell()
-
-    def _lose(self, why: str) -> None:
-        """Let go of a host that cannot be understood."""
-        logger.error("the engine's host: %s", why)
-        self._end(why)
-        if self._transport is not None:
-            self._transport.abort()
 
     def _end(self, why: str) -> None:
         if self.ended is not None:

@@ -115,9 +115,13 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """There is no engine any more, and none will come: answer everybody, and end."""
+    """There is no engine any more, and none will come: answer everybody, and end.
+
+    kind: the error's class in `moe_serve.errors`.
+    """
 
     message: str
+    kind: str = "CommError"
 
 
 ToFront = Welcome | Outputs | Refused | Beat | StatsReport | Drain | Failed
