@@ -219,5 +219,7 @@ def _role(process: psutil.Process) -> str:
     if "front_end" in command:
         return "front end"
     rank = f"rank {process.environ().get('RANK', '?')}"
-    # a rank has processes of its own, too
-    return rank if "rank" in command else f"{command[2].rpartition('.')[2]} of {rank}"
+    # torchrun's ranks are servers; a rank has processes of its own, too
+    if "rank" in command or "serve" in command:
+        return rank
+    return f"{command[2].rpartition('.')[2]} of {rank}"
