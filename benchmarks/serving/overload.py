@@ -260,7 +260,7 @@ def faults_of(steps: Sequence[Outcome], over: Outcome, most_queued: float) -> li
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0, help="of the overload")
-    parser.add_argument("--step-seconds", type=float, default=20.0, help="of each step before it")
+    parser.add_argument("--step-seconds", type=float, default=30.0, help="of each step before it")
     parser.add_argument("--first-rate", type=float, default=10.0)
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)

@@ -448,6 +448,8 @@ def _said(
         return f"the body must be an object ({message:.{_TOLD_CHARS}})"
     if kind == "extra_forbidden" and len(where) == 1:
         return f"parameter {field!r:.80} is not supported{nearest(field[:80], known)}"
+    if kind == "too_long" and "at most 0 items" in message and len(where) == 1:
+        return f"{field} are not supported: leave them out, or empty"
     if kind == "missing" and len(where) == 1:
         return f"{field} is missing"
     path = field[:80]

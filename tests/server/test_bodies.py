@@ -368,3 +368,11 @@ def test_every_bound_comes_from_the_limits() -> None:
     assert schema["logprobs"]["anyOf"][0]["maximum"] == L.logprobs
     assert schema["seed"]["anyOf"][0]["maximum"] == L.seed
     assert schema["logit_bias"]["anyOf"][0]["maxProperties"] == L.logit_bias
+
+
+def test_tools_are_named_as_what_is_not_there() -> None:
+    body = chat(tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(ApiError, match="tools are not supported") as found:
+        parse_body(json.dumps(body).encode(), ChatBody, L)
+    assert (found.value.status, found.value.param) == (400, "tools")
+    assert parse_body(json.dumps(chat(tools=[])).encode(), ChatBody, L)
