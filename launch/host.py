@@ -47,6 +47,8 @@ from moe_serve.types import Request, StepOutput
 
 logger = logging.getLogger(__name__)
 
+# for a front end to come: on a busy machine its imports can take longer than a silence may
+_JOIN_S = 120.0
 _STATS_S = 1.0
 # after the last step: who looks then shall not see what was
 _LAST_STATS_S = 0.1
@@ -110,6 +112,7 @@ class Host:
         self._drain_lock = threading.Lock()
         self._drain_end_s = float("inf")
         self._heard_s = time.monotonic()
+        self._has_joined = False
         self._stats_s, self._counted_steps = 0.0, -1
         self._wake = socket.socketpair()
         self._is_over = threading.Event()
@@ -239,7 +242,9 @@ class Host:
                     self._waiting.append(message)
                 case Drained():
                     self._is_drained = True
-                case Join() | FrontBeat():
+                case Join():
+                    self._has_joined = True
+                case FrontBeat():
                     pass
 
     def _carry_out(self, engine: ServedEngine) -> None:
@@ -275,10 +280,11 @@ class Host:
         now_s = time.monotonic()
         if self._front.mailbox is not None:
             why = self._lost or self._front.check()
-            if why is None and now_s - self._heard_s > SILENT_AFTER_S:
+            limit_s = SILENT_AFTER_S if self._has_joined else _JOIN_S
+            if why is None and now_s - self._heard_s > limit_s:
                 self._hear()  # this process may be the one that was frozen
-                if time.monotonic() - self._heard_s > SILENT_AFTER_S:
-                    why = f"it has given no sign of life for {SILENT_AFTER_S:.0f} s"
+                if time.monotonic() - self._heard_s > limit_s:
+                    why = f"it has given no sign of life for {limit_s:.0f} s"
             if why is not None:
                 self._give_up(why)
         interval_s = _STATS_S if engine.has_unfinished else _LAST_STATS_S
@@ -298,6 +304,7 @@ class Host:
         engine = self._engine
         assert engine is not None
         self._lost = None
+        self._has_joined = False
         self._front.lost(why)
         self._waiting.clear()
         self._unsaid.clear()
