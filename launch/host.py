@@ -46,6 +46,8 @@ from moe_serve.types import Request, StepOutput
 
 logger = logging.getLogger(__name__)
 
+# for a front end to come: on a busy machine its imports can take longer than a silence may
+_JOIN_S = 120.0
 _STATS_S = 1.0
 # after the last step: who looks then shall not see what was
 _LAST_STATS_S = 0.1
@@ -120,6 +122,7 @@ class Host:
         self._wake = socket.socketpair()
         self._is_over = threading.Event()
         self.on_stats: Callable[[StatsReport], None] = lambda report: None
+        self.on_front: Callable[[], object] = lambda: None
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
 
@@ -251,6 +254,7 @@ class Host:
                     self._is_drained = True
                 case Join():
                     self._has_joined = True
+                    self.on_front()
                 case FrontBeat():
                     pass
 

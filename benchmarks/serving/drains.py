@@ -159,7 +159,8 @@ async def _running(server: Served, many: Sequence[dict[str, Any]]) -> tuple[list
     tasks = asyncio.gather(*(run_stream(server.port, stream) for stream in streams))
     while not all(stream.times_s or stream.has_ended for stream in streams):
         await asyncio.sleep(0.002)
-    assert not any(stream.has_ended for stream in streams), [stream.error for stream in streams]
+    ends = [stream.error for stream in streams if stream.has_ended]
+    assert not ends, (ends, server.read_log())
     return streams, tasks
 
 

@@ -334,6 +334,23 @@ def test_a_front_end_that_comes_during_a_drain_is_told_of_it(played: Played) -> 
     assert 0 < played.hear(Drain)[0].limit_s <= 5.0
 
 
+def test_a_front_end_has_time_to_come_and_then_must_give_signs_of_life(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_serve.launch.host.SILENT_AFTER_S", 0.5)
+    played.hear(Welcome)
+    time.sleep(1.5)
+    assert played.lost == []
+    played.say(Join())
+    end_s = time.monotonic() + LIMIT_S
+    while not played.lost:
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+    assert "no sign of life" in played.lost[0]
+    time.sleep(1.5)  # of the next one, too
+    assert len(played.lost) == 1
+
+
 def test_an_engine_that_is_lost_for_good_is_told_of() -> None:
     played = Played(Engine())
     played.say(Start(request("a", 10**6)))
