@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -126,7 +125,7 @@ def main(folder: Path) -> int:
     logging.basicConfig(level=logging.WARNING, format="moe-serve: %(levelname)s: %(message)s")
     path = folder / OPTIONS_FILE
     given = msgspec.json.decode(path.read_bytes(), type=_Given)
-    os.unlink(path)
+    shutil.rmtree(folder, ignore_errors=True)  # who started this may be killed, and leave it
     front = _Attached(socket.socket(fileno=given.connection))
     host = Host(front)
     engine: LastingEngine | RankedEngine | None = None

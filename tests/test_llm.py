@@ -16,6 +16,7 @@ import moe_serve.llm
 from moe_serve.config import EngineConfig
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.errors import CheckpointError, ConfigError, RequestError
+from moe_serve.launch import named_model
 from moe_serve.llm import LLM
 from moe_serve.models.hf_config import GenerationDefaults
 from moe_serve.text.chat_template import ChatTemplate
@@ -536,7 +537,7 @@ def test_a_tokenizer_s_name_is_resolved_for_the_engine_alone(
     def resolved(name: str, revision: str | None = None) -> Path:
         return embedded_model
 
-    monkeypatch.setattr(moe_serve.llm, "resolve_model", resolved)
+    monkeypatch.setattr(named_model, "resolve_model", resolved)
     with LLM(tokenizer="someone/something", max_num_seqs=8) as llm:
         assert llm.config.weights.tokenizer == "someone/something"
         assert llm.engine.config.weights.tokenizer == str(embedded_model)

@@ -30,6 +30,7 @@ from benchmarks.serving.served import Served, served
 from benchmarks.serving.streams import Stream, run_stream
 
 SHIM = results.ROOT / "tests" / "serving" / "faulty"
+TEMPLATE = Path(__file__).with_name("chat.jinja")
 NUM_TOKENS = 24
 TEXT = "Once upon a time, there was"
 # what a step may fail of by itself, and what only a mistake of ours can be
@@ -299,9 +300,7 @@ def subject(setup: str, *flags: str) -> Iterator[Subject]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = {"PYTHONPATH": str(SHIM), "FAULTS_FOLDER": name}
-        template = folder / "chat.jinja"
-        template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-        given = [*SETUPS[setup], "--chat-template", str(template), *_FLAGS, *flags]
+        given = [*SETUPS[setup], "--chat-template", str(TEMPLATE), *_FLAGS, *flags]
         if setup != "2 ranks":
             given += ["--expert-store", str(folder / "store")]
         with served(*given, environment=environment) as server:
