@@ -99,7 +99,10 @@ class Front(Protocol):
 
 
 class Host:
-    """Runs an engine for a front end until it is told to stop. `stop` may be a signal's handler."""
+    """Runs an engine for a front end until it is told to stop. `stop` may be a signal's handler.
+
+    on_stats: given what the front end is told of counts; on_front: called when one has come.
+    """
 
     def __init__(self, front: Front, shutdown_timeout_s: float = 30.0) -> None:
         self._front = front

@@ -6,6 +6,7 @@ wait in the system's queue. Everything it starts ends with it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -134,8 +135,8 @@ def serve(
 ) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; return the exit code.
 
-    on_address: told where it listens, once the engine is there. Raises what the engine's options
-    or the model's folder refuse, and ConfigError for an address that is not to be had.
+    on_address: told where it listens, once engine and front end are there. Raises what the engine's
+    options or the model's folder refuse, and ConfigError for an address that is not to be had.
     """
     network, service = server.network, server.service
     if _is_follower():
@@ -146,6 +147,7 @@ def serve(
     address = _shown(listener, network.host)
     front = FrontEnd(listener, options)
     host = Host(front, service.shutdown_timeout)
+    host.on_front = _once(functools.partial(on_address, address))
     if service.stats_interval:
         host.on_stats = StatsLine(service.stats_interval).take
     engine: LastingEngine | RankedEngine | None = None
@@ -160,7 +162,6 @@ def serve(
             )
             assert not isinstance(opened, Follower)
             engine = opened
-            on_address(address)
             host.run(engine)
             front.close(_END_S)
             engine.close()
@@ -195,6 +196,16 @@ def _follow(config: EngineConfig, model: Path) -> int:
         logger.error("%s", error)
         return RANK_FAILURE
     return 0
+
+
+def _once(call: Callable[[], None]) -> Callable[[], None]:
+    """Return what makes a call the first time only."""
+    calls = iter([call])
+    return lambda: next(calls, _nothing)()
+
+
+def _nothing() -> None:
+    """Be called in vain."""
 
 
 class _Stopped(BaseException):

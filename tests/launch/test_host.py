@@ -248,19 +248,6 @@ def test_a_front_end_that_is_gone_takes_its_requests_along(played: Played) -> No
     assert played.tokens("c") == [*range(5)]
 
 
-def test_a_front_end_has_longer_for_its_first_word_than_for_signs_of_life(played: Played) -> None:
-    played.front.silent_after_s = 0.3
-    played.say(Start(request("a", 10**6)))  # so that there are steps, and no second between looks
-    time.sleep(0.8)
-    assert played.lost == []
-    played.say(Join())
-    end_s = time.monotonic() + LIMIT_S
-    while not played.lost:
-        assert time.monotonic() < end_s
-        time.sleep(0.005)
-    assert played.lost == ["it has given no sign of life for 0 s"]
-
-
 def test_nothing_of_a_host_lives_on_when_it_is_closed() -> None:
     one = Played(Engine())
     one.end()
@@ -335,9 +322,9 @@ def test_a_front_end_that_comes_during_a_drain_is_told_of_it(played: Played) -> 
 
 
 def test_a_front_end_has_time_to_come_and_then_must_give_signs_of_life(
-    played: Played, monkeypatch: pytest.MonkeyPatch
+    played: Played,
 ) -> None:
-    monkeypatch.setattr("moe_serve.launch.host.SILENT_AFTER_S", 0.5)
+    played.front.silent_after_s = 0.5
     played.hear(Welcome)
     time.sleep(1.5)
     assert played.lost == []
