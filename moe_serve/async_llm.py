@@ -346,8 +346,10 @@ class AsyncLLM:
 
     async def _hear(self) -> None:
         """Let in what the host has said, where this loop was busy for long."""
-        end_s = time.monotonic() + SILENT_AFTER_S
-        while self._client.silent_s > SILENT_AFTER_S and time.monotonic() < end_s:
+        client, end_s = self._client, time.monotonic() + SILENT_AFTER_S
+        while client.silent_s > SILENT_AFTER_S and time.monotonic() < end_s:
+            if client.ended is not None:
+                return
             await asyncio.sleep(0.01)
 
     @contextlib.contextmanager
