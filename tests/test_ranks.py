@@ -351,9 +351,19 @@ def test_what_ranks_cannot_have(options: dict[str, Any], error: type[Exception],
 
 
 def children() -> list[str]:
-    """Return the command lines of processes that this one has started and not waited for."""
-    path = Path(f"/proc/self/task/{os.getpid()}/children")
-    return path.read_text().split()
+    """Return the ranks that this process has started and not waited for, as process ids.
+
+    What other tests' grammars are tried in may still be there, and is no rank.
+    """
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [one for one in found if b"moe_serve.launch.child" in _command(one)]
+
+
+def _command(process: str) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:  # it has ended since
+        return b""
 
 
 def placement_json(**changes: Any) -> dict[str, Any]:
