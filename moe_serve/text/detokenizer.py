@@ -21,8 +21,8 @@ CONTEXT_TOKENS = 8  # of the prompt, that may change how an output's first token
 class Detokenizer(Protocol):
     """Turns one output's tokens into text."""
 
-    def push(self, token_id: int) -> str:
-        """Return the text that is certain now; "" while a character is not complete."""
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Return the text that is certain after these: "" while a character is not complete."""
 
     def finish(self) -> str:
         """Return what was held back: U+FFFD for bytes that never became a character."""
@@ -50,18 +50,22 @@ class ByteLevelDetokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        tail = b"".join(self._bytes(token_id) for token_id in prompt_ids[-CONTEXT_TOKENS:])
-        _, self._held = decode_complete(tail, marks_each_byte=False)
+        self._known = tokenizer.known_bytes
+        self._held = b""
+        self.push(prompt_ids[-CONTEXT_TOKENS:])
 
     def _bytes(self, token_id: int) -> bytes:
-        if token_id in self._skipped:
-            return b""
-        return _byte_level_bytes(self._tokenizer.token(token_id) or "")
+        data = self._known.get(token_id)
+        if data is None:
+            data = _byte_level_bytes(self._tokenizer.token(token_id) or "")
+            if 0 <= token_id < self._tokenizer.num_ids:
+                self._known[token_id] = data
+        return data
 
-    def push(self, token_id: int) -> str:
-        text, self._held = decode_complete(
-            self._held + self._bytes(token_id), marks_each_byte=False
-        )
+    def push(self, token_ids: Sequence[int]) -> str:
+        skipped, bytes_of = self._skipped, self._bytes
+        new = [bytes_of(token_id) for token_id in token_ids if token_id not in skipped]
+        text, self._held = decode_complete(self._held + b"".join(new), marks_each_byte=False)
         return text
 
     def finish(self) -> str:
@@ -88,11 +92,13 @@ class ByteFallbackDetokenizer:
             token_id in self._skipped for token_id in prompt_ids
         )
         is_start = self._is_start
-        for token_id in prompt_ids[-CONTEXT_TOKENS:]:
-            self.push(token_id)
+        self.push(prompt_ids[-CONTEXT_TOKENS:])
         self._is_start = is_start
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._push(token_id) for token_id in token_ids])
+
+    def _push(self, token_id: int) -> str:
         token = None if token_id in self._skipped else self._tokenizer.token(token_id)
         if token is None:
             return ""
@@ -126,7 +132,10 @@ class WindowDetokenizer:
         self._window = context  # tokens whose text was given, then those that are held back
         self._num_given = len(context)
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._push(token_id) for token_id in token_ids])
+
+    def _push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
         self._window.append(token_id)

@@ -6,6 +6,7 @@ One `RequestState` follows one request. Nothing here runs the engine; whoever do
 
 from __future__ import annotations
 
+from moe_serve.errors import MoeServeError
 from moe_serve.text.detokenizer import Detokenizer, make_detokenizer
 from moe_serve.text.output_routing import OutputRouting, PromptRouting
 from moe_serve.text.stop_strings import StopStrings
@@ -21,9 +22,12 @@ from moe_serve.types import (
     TokenLogprobs,
 )
 
+# tokens whose text is not made before it is asked for: so many take a fraction of a millisecond
+_MOST_UNREAD = 1024
+
 
 class OutputState:
-    """One of a request's n outputs so far. `text` is what may be shown: it never shrinks."""
+    """One of a request's n outputs so far."""
 
     def __init__(
         self,
@@ -35,50 +39,96 @@ class OutputState:
     ) -> None:
         """end_ids: the tokens that end a text, and are no part of it."""
         self.index = index
-        self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.is_refused = False
+        self.routing = routing
         self._end_ids = end_ids
         self._sampling = sampling
         self._detokenizer = detokenizer
-        self._stop = StopStrings(sampling.stop)
+        self._stop = StopStrings(sampling.stop) if sampling.stop else None
+        self._text = ""
+        self._num_read = self._num_of_text = 0  # tokens read, and that are part of the text
         self._held = ""
-        self.routing = routing
+
+    @property
+    def text(self) -> str:
+        """What may be shown: it never shrinks. Made when it is asked for, of many tokens at once.
+
+        Raises MoeServeError where it cannot be made.
+        """
+        if self._num_read < self._num_of_text:
+            self._read()
+        return self._text
 
     def update(self, step: StepOutput) -> bool:
         """Take in what a step gave; return True if a stop string ended the output here."""
         if step.routed_experts is not None:
             self.routing.keep(step.routed_experts)
-        for position, token_id in enumerate(step.token_ids):
-            self.token_ids.append(token_id)
-            if step.logprobs:
-                self.logprobs.append(step.logprobs[position])
-            is_last = position == len(step.token_ids) - 1
-            ends = is_last and step.finish_reason == "stop" and token_id in self._end_ids
-            if ends and not self._shows_stop_token:
-                continue  # an end token, or one of stop_token_ids, ends the text before it
-            if self._detokenizer is not None and self._show(self._detokenizer.push(token_id)):
-                self.finish_reason = "stop"
-                return True
+        if self._stop is None:
+            self.token_ids += step.token_ids
+            self.logprobs += step.logprobs
+            self._num_of_text = len(self.token_ids) - self._hides_last(step)
+            if self._num_of_text - self._num_read > _MOST_UNREAD:
+                self._read()
+        elif self._find_stop(step):
+            self.finish_reason = "stop"
+            return True
         if step.finish_reason is None:
             return False
         self.finish_reason, self.error = step.finish_reason, step.error
         self.is_refused = step.is_refused
-        if self._detokenizer is not None and self._show(self._detokenizer.finish()):
+        if self._read(is_whole=True):
             self.finish_reason = "stop"
             return True
-        self.text, self._held = self.text + self._held, ""
         return False
 
-    @property
-    def _shows_stop_token(self) -> bool:
-        return self._sampling.include_stop_str_in_output
+    def _hides_last(self, step: StepOutput) -> bool:
+        """Whether the step's last token ends the text before it, and is no part of it."""
+        return (
+            step.finish_reason == "stop"
+            and step.token_ids[-1:] != ()
+            and step.token_ids[-1] in self._end_ids
+            and not self._sampling.include_stop_str_in_output
+        )
+
+    def _find_stop(self, step: StepOutput) -> bool:
+        """Take in tokens up to the one with which a stop string ends; return whether one did."""
+        num_of_text = len(step.token_ids) - self._hides_last(step)
+        for position, token_id in enumerate(step.token_ids):
+            self.token_ids.append(token_id)
+            self.logprobs += step.logprobs[position : position + 1]
+            if position < num_of_text:
+                self._num_of_text += 1
+                if self._read():
+                    return True
+        return False
+
+    def _read(self, is_whole: bool = False) -> bool:
+        """Make text of the tokens that were not read yet; return whether a stop string ended it."""
+        new = self.token_ids[self._num_read : self._num_of_text]
+        self._num_read = self._num_of_text
+        if self._detokenizer is None:
+            return False
+        try:
+            piece = self._detokenizer.push(new)
+            if is_whole:
+                piece += self._detokenizer.finish()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise MoeServeError(f"the text of tokens could not be made: {why}") from error
+        has_stopped = self._show(piece)
+        if is_whole and not has_stopped:
+            self._text, self._held = self._text + self._held, ""
+        return has_stopped
 
     def _show(self, piece: str) -> bool:
         """Add `piece` but for what may be the start of a stop string; cut and say so at a match."""
+        if self._stop is None:
+            self._text += piece
+            return False
         pending = self._held + piece
         is_armed = len(self.token_ids) > self._sampling.min_tokens
         match = self._stop.push(piece, is_armed)
@@ -88,7 +138,7 @@ class OutputState:
             num_shown = len(self._held) + match.end
             if not self._sampling.include_stop_str_in_output:
                 num_shown -= match.length
-        self.text += pending[:num_shown]
+        self._text += pending[:num_shown]
         self._held = pending[num_shown:] if match is None else ""
         return match is not None
 

@@ -104,6 +104,7 @@ class Tokenizer:
 
     special_tokens: "bos_token", "eos_token" and their like to their text, as chat templates want
     them. bos_id and eos_id are None where the folder names none. num_ids is the highest id + 1.
+    known_bytes: what tokens stand for, as far as detokenizers have met them.
     """
 
     def __init__(self, backend: Backend, settings: dict[str, Any] | None = None) -> None:
@@ -111,6 +112,7 @@ class Tokenizer:
         self._backend = backend
         self.num_ids = backend.num_ids
         self.special_ids = backend.special_ids
+        self.known_bytes: dict[int, bytes] = {}
         self.special_tokens = _special_tokens(settings)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")

@@ -35,7 +35,9 @@ def joined(
     tokenizer: Tokenizer, token_ids: Sequence[int], prompt: Sequence[int] = (), skip: bool = True
 ) -> str:
     detokenizer = make_detokenizer(tokenizer, prompt, skip)
-    return "".join([detokenizer.push(token_id) for token_id in token_ids] + [detokenizer.finish()])
+    return "".join(
+        [detokenizer.push([token_id]) for token_id in token_ids] + [detokenizer.finish()]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_prompt_and_output_join_to_the_whole_text(
         token_ids = tokenizer.encode(first)
         prompt, output = token_ids[:cut], token_ids[cut:]
         shown = make_detokenizer(tokenizer)
-        prompt_text = "".join(shown.push(token_id) for token_id in prompt)
+        prompt_text = "".join(shown.push([token_id]) for token_id in prompt)
         assert prompt_text + joined(tokenizer, output, prompt) == tokenizer.decode(token_ids)
 
 
@@ -107,14 +109,14 @@ def test_a_character_is_never_split(byte_level: Tokenizer, data: st.DataObject) 
     )
     detokenizer = make_detokenizer(byte_level)
     for token_id in byte_level.encode(text):
-        assert "\ufffd" not in detokenizer.push(token_id)
+        assert "\ufffd" not in detokenizer.push([token_id])
     assert detokenizer.finish() == ""
 
 
 def test_a_character_of_byte_tokens_comes_when_it_is_complete(byte_fallback: Tokenizer) -> None:
     detokenizer = make_detokenizer(byte_fallback, byte_fallback.encode("x"))
     token_ids = byte_fallback.encode("\n\N{GRINNING FACE}", add_special_tokens=False)[1:]
-    pieces = [detokenizer.push(token_id) for token_id in token_ids]
+    pieces = [detokenizer.push([token_id]) for token_id in token_ids]
     assert pieces == ["\n", "", "", "", "\N{GRINNING FACE}"]
 
 
@@ -137,14 +139,14 @@ def test_window_detokenizer_gives_the_same(
     for tokenizer in (byte_level, byte_fallback):
         token_ids = tokenizer.encode(text)
         window = WindowDetokenizer(tokenizer, (), True)
-        pieces = [window.push(token_id) for token_id in token_ids]
+        pieces = [window.push([token_id]) for token_id in token_ids]
         assert "".join([*pieces, window.finish()]) == tokenizer.decode(token_ids)
 
 
 def test_window_stays_small_on_bytes_that_are_no_text(byte_level: Tokenizer) -> None:
     window = WindowDetokenizer(byte_level, (), True)
     for _ in range(200):
-        window.push(174)  # a lone lead byte
+        window.push([174])  # a lone lead byte
     assert len(window._window) < 20
 
 
