@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from moe_serve.channel import encoded
 from moe_serve.config import EngineConfig
@@ -50,6 +53,9 @@ logger = logging.getLogger(__name__)
 
 # steps between two looks at what tokens used, for homes by affinity
 _LEARN_EVERY = 16
+# Where steps are this short, ranks are told of the next one while they are at one: they need not
+# wait for the coordinator. A new request then joins a step later than it might.
+_SHORT_STEP_S = 0.01
 
 
 @dataclass(slots=True)
@@ -81,6 +87,10 @@ class RankedEngine:
         self._on_end = on_end
         self._live: dict[str, _Live] = {}
         self._is_unfinished = [False] * len(links)
+        self._num_begun = 0  # steps that the ranks were told of, and whose replies were not read
+        self._early: deque[list[Reply]] = deque()  # replies to steps, read before `finish_step`
+        self._is_short = False
+        self._are_remote = all(isinstance(link, RemoteLink) for link in links)
         self.is_moving = False
         self._bytes_moved, self._moving_s = 0, 0.0
         self._budget = MoveBudget()
@@ -105,7 +115,7 @@ class RankedEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        return any(self._is_unfinished)
+        return bool(self._early) or any(self._is_unfinished)
 
     def add(self, request: Request) -> None:
         """Give a request its home (see `Homes`), one for all its outputs; as `Engine.add`."""
@@ -133,18 +143,19 @@ class RankedEngine:
         return self.finish_step()
 
     def start_step(self) -> None:
-        """Begin a step: `finish_step` must be the next call. Raises CommError."""
-        move_bytes = self._budget.next_bytes() if self.is_moving else 0
-        self._step_start_s = time.perf_counter()
-        self._start(range(len(self._links)), Step(move_bytes))
+        """Begin a step, unless it has begun: `finish_step` must be next. Raises CommError."""
+        if not self._num_begun:
+            self._step_start_s = time.perf_counter()
+        while self._num_begun + len(self._early) < self._most_begun:
+            move_bytes = self._budget.next_bytes() if self.is_moving else 0
+            self._start(range(len(self._links)), Step(move_bytes))
+            self._num_begun += 1
 
     def finish_step(self) -> list[StepOutput]:
         """Wait for the step that was begun; return what all ranks gave. Raises CommError."""
-        before = self._bytes_moved, self._moving_s
-        replies = self._finish(range(len(self._links)))
-        taken_s = time.perf_counter() - self._step_start_s
-        self._longest_s = max(self._longest_s, taken_s)
-        self._budget.told(taken_s, self._bytes_moved - before[0], self._moving_s - before[1])
+        replies = self._early.popleft() if self._early else self._read_step()
+        if not any(self._is_unfinished):
+            self._read_steps()  # those ahead had nothing to do
         self._pairs.told([reply.pairs_computed for reply in replies])
         outputs = [output for reply in replies for output in reply.outputs]
         for output in outputs:
@@ -161,6 +172,7 @@ class RankedEngine:
         is_true = self._call(live.home, Abort(request_id)).is_true
         for index in tuple(live.open):
             self._forget(request_id, index)
+            is_true |= self._drop_early(request_id, index)
         return is_true
 
     def stop(self, request_id: str, index: int) -> bool:
@@ -169,6 +181,7 @@ class RankedEngine:
         if live is None or self._is_over:
             return False
         is_true = self._call(live.home, Stop(request_id, index)).is_true
+        is_true |= self._drop_early(request_id, index)
         if is_true:
             self._forget(request_id, index)
         return is_true
@@ -280,6 +293,7 @@ class RankedEngine:
 
     def _guarded(self, ranks: Sequence[int], call: Call) -> list[Reply]:
         """Call ranks at once. Raises CommError when one of them is gone: then all are ended."""
+        self._read_steps()
         self._start(ranks, call)
         return self._finish(ranks)
 
@@ -309,9 +323,50 @@ class RankedEngine:
         self._moving_s = max([self._moving_s, *(reply.moving_s for reply in replies)])
         return replies
 
+    # -- steps ahead -------------------------------------------------------------------------------
+
+    @property
+    def _most_begun(self) -> int:
+        """How many steps ranks may be told of at a time."""
+        learns = self._rebalancer is not None or self._is_learning
+        is_ahead = self._is_short and self._are_remote and not (learns or self.is_moving)
+        return 2 if is_ahead else 1
+
+    def _read_step(self) -> list[Reply]:
+        """Wait for the replies to the earliest step that was begun."""
+        before = self._bytes_moved, self._moving_s
+        replies = self._finish(range(len(self._links)))
+        self._num_begun -= 1
+        now_s = time.perf_counter()
+        taken_s, self._step_start_s = now_s - self._step_start_s, now_s
+        self._longest_s = max(self._longest_s, taken_s)
+        self._is_short = taken_s < _SHORT_STEP_S
+        self._budget.told(taken_s, self._bytes_moved - before[0], self._moving_s - before[1])
+        return replies
+
+    def _read_steps(self) -> None:
+        """Wait for every step that was begun: ranks reply in the order in which they are told."""
+        while self._num_begun:
+            replies = self._read_step()
+            if any(reply.outputs or reply.has_unfinished for reply in replies):
+                self._early.append(replies)
+
+    def _drop_early(self, request_id: str, index: int) -> bool:
+        """Drop what early replies have of an output that was ended; return whether they had."""
+        ended, had = (request_id, index), False
+        for replies in self._early:
+            for place, reply in enumerate(replies):
+                kept = tuple(out for out in reply.outputs if (out.request_id, out.index) != ended)
+                if len(kept) < len(reply.outputs):
+                    had = True
+                    replies[place] = msgspec.structs.replace(reply, outputs=kept)
+        return had
+
     def _end(self, error: BaseException | None) -> None:
         self._is_closed = True
         self._is_unfinished = [False] * len(self._links)
+        self._num_begun = 0
+        self._early.clear()
         if error is not None:
             self._failure = str(error) or type(error).__name__
         with HeldInterrupt():

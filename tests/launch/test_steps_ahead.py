@@ -1,0 +1,153 @@
+"""Ranks that are told of a step while they are at the one before it give what they would else."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+import moe_serve
+from moe_serve.channel import Channel
+from moe_serve.config import EngineConfig
+from moe_serve.engine.build import build_engine
+from moe_serve.launch import coordinator
+from moe_serve.launch.coordinator import RankedEngine
+from moe_serve.launch.links import RemoteLink, wait_until_ready
+from moe_serve.launch.messages import Call, FromRank
+from moe_serve.launch.worker import Follower, Heart, RankWorker
+from moe_serve.types import Request, SamplingParams
+
+EMBEDDED = Path(moe_serve.__file__).parent / "assets" / "demo-moe"
+Key = tuple[str, int]
+
+
+@contextmanager
+def ranked(most_begun: list[int] | None = None) -> Iterator[RankedEngine]:
+    """Give an engine whose only rank is a thread, at the other end of a socket."""
+    config = EngineConfig.from_options({"threads": 1, "num_kv_blocks": 128, "max_model_len": 256})
+    ours, theirs = socket.socketpair()
+    channel: Channel[Call] = Channel(theirs, Call)
+    follower = Follower(RankWorker(build_engine(config, EMBEDDED)), channel, Heart(channel))
+    thread = threading.Thread(target=follower.follow, args=(True,))
+    thread.start()
+    link = RemoteLink(0, Channel(ours, FromRank))
+    wait_until_ready([link])
+    spec = cast(Any, SimpleNamespace(vocab_size=6000))
+    engine = RankedEngine(config, spec, [link], lambda error: None)
+    read = engine._read_step
+
+    def read_step() -> Any:
+        if most_begun is not None:
+            most_begun.append(engine._num_begun)
+        return read()
+
+    engine._read_step = read_step  # type: ignore[method-assign]
+    try:
+        yield engine
+    finally:
+        engine.close()
+        thread.join(10)
+        ours.close()
+    assert not thread.is_alive()
+
+
+def request(name: str, prompt: tuple[int, ...], num_tokens: int, n: int = 1) -> Request:
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.8, ignore_eos=True, n=n)
+    return Request(request_id=name, prompt_ids=prompt, sampling=sampling, seed=5)
+
+
+@pytest.fixture(params=[0.0, 60.0], ids=["in turns", "ahead"])
+def short_s(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    value: float = request.param
+    monkeypatch.setattr(coordinator, "_SHORT_STEP_S", value)
+    return value
+
+
+def test_tokens_are_the_same_whatever_comes_between(short_s: float) -> None:
+    chance = random.Random(3)
+    wanted = [
+        request(f"r{i}", tuple(chance.randrange(2, 6000) for _ in range(chance.randint(1, 40))),
+                chance.randint(1, 40), chance.choice((1, 1, 3)))
+        for i in range(40)
+    ]  # fmt: skip
+    whole: dict[Key, tuple[int, ...]] = {}
+    found: dict[Key, tuple[int, ...]] = {}
+    ended: dict[Key, str] = {}
+    dropped: set[Key] = set()
+    begun: list[int] = []
+    with ranked() as engine:
+        for one in wanted:
+            engine.add(one)
+            while engine.has_unfinished:
+                for out in engine.step():
+                    key = out.request_id, out.index
+                    whole[key] = whole.get(key, ()) + out.token_ids
+    with ranked(begun) as engine:
+        waiting = list(wanted)
+        while waiting or engine.has_unfinished:
+            for _ in range(chance.choice((0, 0, 0, 1, 4))):
+                if waiting:
+                    engine.add(waiting.pop())
+            for out in engine.step():
+                key = out.request_id, out.index
+                assert key not in dropped
+                assert key not in ended
+                found[key] = found.get(key, ()) + out.token_ids
+                if out.finish_reason is not None:
+                    ended[key] = out.finish_reason
+            going = sorted(set(found) - set(ended) - dropped)
+            if going and chance.random() < 0.1:
+                name, index = chance.choice(going)
+                if chance.random() < 0.5:
+                    assert engine.abort(name)
+                    dropped |= {key for key in whole if key[0] == name and key not in ended}
+                else:
+                    assert engine.stop(name, index)
+                    dropped.add((name, index))
+        assert not engine.abort("r0")
+        assert engine._num_begun == 0
+    assert max(begun) == (2 if short_s else 1)
+    assert len(dropped) > 5
+    for key, tokens in found.items():
+        assert tokens == whole[key][: len(tokens)]
+        assert key in dropped or (tokens == whole[key] and ended[key] == "length")
+    assert set(found) | dropped == set(whole)
+
+
+def test_an_id_is_free_once_its_request_was_dropped_or_has_ended(short_s: float) -> None:
+    with ranked() as engine:
+        for last in (4, 5, 6):
+            engine.add(request("same", (last,), 30))
+            num_tokens = 0
+            while num_tokens < 3:
+                num_tokens += sum(len(out.token_ids) for out in engine.step())
+            engine.abort("same")
+        engine.add(request("same", (7,), 3))
+        tokens = []
+        while engine.has_unfinished:
+            tokens += [token for out in engine.step() for token in out.token_ids]
+        engine.add(request("other", (7,), 3))
+        again: list[int] = []
+        while engine.has_unfinished:
+            again += [token for out in engine.step() for token in out.token_ids]
+    assert tokens == again
+
+
+def test_counts_and_signs_of_life_between_steps(short_s: float) -> None:
+    with ranked() as engine:
+        engine.add(request("a", (5,), 20))
+        num_steps = 0
+        while engine.has_unfinished:
+            engine.step()
+            num_steps += 1
+            assert engine.stats().num_running <= 1
+        engine.listen()
+        assert num_steps == 20
+        assert engine.stats().num_finished["length"] == 1
