@@ -19,6 +19,7 @@ from moe_serve.channel import Closed, Mailbox
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import EngineStats
 from moe_serve.errors import CapacityError, CommError, MoeServeError, RequestError
+from moe_serve.launch.gathering import Gathering
 from moe_serve.launch.lasting import LastingEngine
 from moe_serve.launch.links import RemoteLink
 from moe_serve.server.messages import (
@@ -101,10 +102,13 @@ class Front(Protocol):
 class Host:
     """Runs an engine for a front end until it is told to stop. `stop` may be a signal's handler.
 
-    on_stats: given what the front end is told of counts; on_front: called when one has come.
+    gap_s: how long tokens may wait for those of later steps; see `Gathering`. on_stats: given what
+    the front end is told of counts; on_front: called when one has come.
     """
 
-    def __init__(self, front: Front, shutdown_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, front: Front, shutdown_timeout_s: float = 30.0, gap_s: float | None = 0.0
+    ) -> None:
         self._front = front
         self._shutdown_timeout_s = shutdown_timeout_s
         self._engine: ServedEngine | None = None
@@ -113,7 +117,8 @@ class Host:
         self._waiting: list[Start | Cancel | StopOutput] = []
         self._num_open: dict[str, int] = {}  # outputs of each request that go on
         self._lost: str | None = None
-        self._unsaid: list[StepOutput] = []
+        self._new: set[str] = set()  # requests of which nothing was told
+        self._unsaid = Gathering(gap_s)
         self._num_steps = 0
         self.num_stops = 0
         self._is_draining = self._is_drained = False
@@ -179,12 +184,13 @@ class Host:
         """Make one step, or wait for something to do."""
         if engine.has_unfinished:
             engine.start_step()
-            self._tell_outputs()  # of the step before, while this one runs
+            # of the step before, while this one runs
+            self._tell(self._unsaid.take(time.monotonic(), len(self._num_open)))
             self._hear()
-            self._unsaid = engine.finish_step()
+            self._unsaid.add(engine.finish_step(), self._new)
             self._num_steps += 1
         else:
-            self._tell_outputs()
+            self._tell(self._unsaid.take_all(time.monotonic()))
             self._sleep(engine)
             self._hear()
             engine.listen()
@@ -212,13 +218,13 @@ class Host:
         self._set_state("draining", "")
         self._say(Drain(self._shutdown_timeout_s))
 
-    def _tell_outputs(self) -> None:
-        if self._unsaid:
-            outputs, self._unsaid = self._unsaid, []
+    def _tell(self, outputs: tuple[StepOutput, ...]) -> None:
+        if outputs:
             for output in outputs:
+                self._new.discard(output.request_id)
                 if output.finish_reason is not None:
                     self._has_ended(output.request_id)
-            self._say(Outputs(tuple(outputs)))
+            self._say(Outputs(outputs))
 
     def _sleep(self, engine: ServedEngine) -> None:
         """Wait for messages, signs of life, signals, or a second."""
@@ -270,6 +276,7 @@ class Host:
                 case Cancel(request_id=request_id):
                     if self._num_open.pop(request_id, 0):
                         engine.abort(request_id)
+                        self._forget(request_id)
                 case StopOutput(request_id=request_id, index=index):
                     if engine.stop(request_id, index):
                         self._has_ended(request_id)
@@ -283,6 +290,11 @@ class Host:
             self._say(Refused(request.request_id, _kind_of(error), str(error)))
         else:
             self._num_open[request.request_id] = request.sampling.n
+            self._new.add(request.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._new.discard(request_id)
+        self._unsaid.drop(request_id)
 
     def _has_ended(self, request_id: str) -> None:
         """Take note that one output of a request has ended."""
@@ -326,6 +338,7 @@ class Host:
         for request_id in self._num_open:
             engine.abort(request_id)
         self._num_open.clear()
+        self._new.clear()
         self._heard_s = time.monotonic()
         self._has_joined = False
         self._counted_steps = -1

@@ -146,7 +146,7 @@ def serve(
     listener = listen(network.host, network.port)
     address = _shown(listener, network.host)
     front = FrontEnd(listener, options)
-    host = Host(front, service.shutdown_timeout)
+    host = Host(front, service.shutdown_timeout, service.stream_interval)
     host.on_front = _once(functools.partial(on_address, address))
     if service.stats_interval:
         host.on_stats = StatsLine(service.stats_interval).take

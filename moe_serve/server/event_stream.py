@@ -102,8 +102,6 @@ class EventStream:
                     return 200
                 if data:
                     await self._write(data)
-                    if state.min_gap_s:
-                        await asyncio.sleep(state.min_gap_s)
                 elif self._is_ping_due:
                     self._is_ping_due = False
                     await self._write(_PING)

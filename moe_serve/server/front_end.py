@@ -107,7 +107,6 @@ class FrontEnd:
             model=options.name,
             created=int(time.time()),
             version=options.version,
-            min_gap_s=self._server.service.stream_interval,
         )
         self._metrics = Metrics(self._client, self._state)
         app = build_app(self._state)

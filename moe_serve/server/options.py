@@ -83,11 +83,12 @@ class ServiceConfig:
         default=DEFAULT_LIMITS.request_s,
         metadata={"help": "Seconds that a request may take; then it ends with a 504."},
     )
-    stream_interval: float = field(
-        default=0.01,
+    stream_interval: float | None = field(
+        default=None,
         metadata={
-            "help": "Seconds between two chunks of a stream, at least: tokens that come meanwhile "
-            "go together. 0: a chunk for each step."
+            "help": "Seconds that tokens may wait for others to go out with, but for a request's "
+            "first and last. 0: none does. Without it 1.5 ms for each request that runs, at most "
+            "50 ms."
         },
     )
     shutdown_timeout: float = field(

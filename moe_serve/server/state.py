@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -53,11 +52,10 @@ class Abortable(Protocol):
 class FrontState:
     """What the routes of one front end share.
 
-    model: its name in the API. created: when it was loaded, in seconds since 1970. min_gap_s: the
-    least time between two chunks of a stream; what comes meanwhile goes out together. ping_s: after
-    so long without a chunk a comment is sent. on_started, on_finished: told of each request for
-    text. metrics: returns the body and the content type of GET /metrics. serving: requests by the
-    ids of their answers. counter: numbers that make ids of the engine's requests unique.
+    model: its name in the API. created: when it was loaded, in seconds since 1970. ping_s: after so
+    long without a chunk of a stream a comment is sent. on_started, on_finished: told of each
+    request for text. metrics: returns the body and the content type of GET /metrics. serving:
+    requests by the ids of their answers.
     """
 
     client: EngineClient
@@ -66,7 +64,6 @@ class FrontState:
     model: str
     created: int
     version: str
-    min_gap_s: float = 0.0
     ping_s: float = 15.0
     on_started: Callable[[Kind], None] = lambda kind: None
     on_finished: Callable[[Finished], None] = lambda finished: None
@@ -78,7 +75,6 @@ class FrontState:
         self.defaults = self.texts.default_sampling_params()
         self.names = TokenNames(self.texts.tokenizer)
         self.pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
-        self.counter = itertools.count()
         self._maker: RequestMaker | None = None
 
     @property
