@@ -166,8 +166,8 @@ class AsyncLLM:
         self._is_closed = True
         client, had_ended = self._client, self._client.ended is not None
         try:
-            for request_id in list(self._open):
-                client.cancel(request_id)
+            for running in self._open.values():
+                client.cancel(running)
             client.leave()
             await client.wait_until_closed()
             await asyncio.to_thread(self._host.end, _END_S)
@@ -266,7 +266,8 @@ class AsyncLLM:
     def abort(self, request_id: str) -> bool:
         """End a request with finish_reason "abort"; return whether it was running."""
         self._check()
-        return request_id in self._open and self._client.cancel(request_id)
+        running = self._open.get(request_id)
+        return running is not None and self._client.cancel(running)
 
     async def stats(self) -> EngineStats:
         """Return the engine's latest counts: while there are steps about a second old."""
@@ -359,7 +360,8 @@ class AsyncLLM:
         request_id = request.request_id
         if not isinstance(request_id, str):
             raise RequestError(f"request_id is {request_id!r:.80}; it must be a string")
-        if request_id in self._open:
+        present = self._open.get(request_id)
+        if present is not None and not present.is_over:
             raise RequestError(
                 f"request_id {request_id!r:.80} is in use by an unfinished request; "
                 "give another, or abort that one"
@@ -374,9 +376,10 @@ class AsyncLLM:
         try:
             yield running
         finally:
-            del self._open[request_id]
+            if self._open.get(request_id) is running:
+                del self._open[request_id]
             if not running.is_over:
-                self._client.cancel(request_id)
+                self._client.cancel(running)
 
     def _check(self) -> None:
         if os.getpid() != self._pid:

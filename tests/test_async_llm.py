@@ -39,6 +39,7 @@ PROMPTS: list[Prompt] = [
 ]
 SAMPLED = SamplingParams(max_tokens=12, temperature=0.9, ignore_eos=True, logprobs=1)
 FORKED = SamplingParams(max_tokens=8, temperature=1.0, ignore_eos=True, n=3)
+LONGEST = SamplingParams(max_tokens=240, ignore_eos=True, seed=1)
 Result = TypeVar("Result")
 
 
@@ -97,9 +98,10 @@ def test_it_gives_what_llm_gives_and_tasks_do_not_disturb_each_other(template: P
             await who_goes_away_is_aborted(llm)
             stats = await llm.stats()
             assert stats.max_num_seqs > 1
-            left = asyncio.create_task(llm.generate("Once", LONG))
-            await asyncio.sleep(0.05)
-        assert (await left).outputs[0].finish_reason == "abort"
+            await what_is_on_its_way_is_not_taken_for_another(llm)
+            left = llm.stream("Once", LONGEST)
+            await anext(left)
+        assert [output async for output in left][-1].outputs[0].finish_reason == "abort"
         await llm.close()
         with pytest.raises(ConfigError, match="closed"):
             await llm.generate("Once")
@@ -149,9 +151,19 @@ async def what_is_refused_harms_nobody(llm: AsyncLLM) -> None:
     assert (await running).outputs == before
 
 
+async def what_is_on_its_way_is_not_taken_for_another(llm: AsyncLLM) -> None:
+    whole = (await llm.generate("def add(", LONG)).outputs
+    for _ in range(20):
+        async for output in llm.stream("Once", LONGEST, request_id="same"):
+            if len(output.outputs[0].token_ids) > 2:
+                break
+        llm.abort("same")
+        assert (await llm.generate("def add(", LONG, request_id="same")).outputs == whole
+
+
 async def who_goes_away_is_aborted(llm: AsyncLLM) -> None:
     before = (await llm.stats()).num_finished
-    task = asyncio.create_task(llm.generate("Once", LONG, request_id="a"))
+    task = asyncio.create_task(llm.generate("Once", LONGEST, request_id="a"))
     await asyncio.sleep(0.02)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

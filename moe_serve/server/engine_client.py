@@ -7,6 +7,7 @@ asks finds all there is. So a client that reads slowly costs no memory and delay
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import math
 import struct
@@ -61,20 +62,21 @@ class Unavailable(MoeServeError):
 class Running:
     """A request that the engine has: `state` is all that came for it so far.
 
-    failure: why it ended otherwise than by its outputs, or None. For one reader, who may wait for
-    several requests at once by giving them the same `news`.
+    request_id: the engine's for it, that no other request has had: what was on its way when one was
+    dropped is not taken for the next one's of the same name. failure: why it ended otherwise than
+    by its outputs, or None. For one reader, who may wait for several requests at once by giving
+    them the same `news`.
     """
 
-    def __init__(self, state: RequestState, news: asyncio.Event | None = None) -> None:
+    def __init__(
+        self, request_id: str, state: RequestState, news: asyncio.Event | None = None
+    ) -> None:
+        self.request_id = request_id
         self.state = state
         self.failure: Refused | Unavailable | None = None
         self.is_queued = True
         self.last_s: float | None = None
         self._news = news or asyncio.Event()
-
-    @property
-    def request_id(self) -> str:
-        return self.state.request.request_id
 
     @property
     def is_over(self) -> bool:
@@ -121,6 +123,7 @@ class EngineClient(asyncio.Protocol):
         self._buffer = bytearray()
         self._outgoing = bytearray()
         self._running: dict[str, Running] = {}
+        self._num_started = 0
         self._queue = QueueWait()
         self._last_s = time.monotonic()
         self._welcomed = asyncio.Event()
@@ -202,18 +205,20 @@ class EngineClient(asyncio.Protocol):
         """
         request = prepared.request
         self.check(len(request.prompt_ids))
-        running = Running(RequestState(request, prepared.prompt, self._tokenizer), news)
-        self.send(Start(request))
-        self._running[request.request_id] = running
-        self._queue.join(request.request_id, len(request.prompt_ids))
+        self._num_started += 1
+        request_id = f"{request.request_id}-{self._num_started}"
+        state = RequestState(request, prepared.prompt, self._tokenizer)
+        running = Running(request_id, state, news)
+        self.send(Start(dataclasses.replace(request, request_id=request_id)))
+        self._running[request_id] = running
+        self._queue.join(request_id, len(request.prompt_ids))
         return running
 
-    def cancel(self, request_id: str) -> bool:
+    def cancel(self, running: Running) -> bool:
         """Drop a request, wherever it is; return whether it was there. Who waits for it hears."""
-        running = self._running.get(request_id)
-        if running is None:
+        if running.request_id not in self._running:
             return False
-        self.send(Cancel(request_id))
+        self.send(Cancel(running.request_id))
         running.state.abort()
         self._forget(running)
         running.tell()

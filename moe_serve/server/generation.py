@@ -124,7 +124,7 @@ class Call:
         """Drop what is not over, and tell of the request."""
         for running in self.runnings:
             if not running.is_over:
-                self.state.client.cancel(running.request_id)
+                self.state.client.cancel(running)
         if self._watcher is not None:
             self._watcher.cancel()
         if self._timer is not None:
@@ -136,7 +136,7 @@ class Call:
     def abort(self) -> int:
         """End what is not over with finish_reason "abort"; return how many requests it were."""
         open_ = [running for running in self.runnings if not running.is_over]
-        return sum(self.state.client.cancel(running.request_id) for running in open_)
+        return sum(self.state.client.cancel(running) for running in open_)
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -228,14 +228,13 @@ class Call:
             self.asked = asked
             given = asked.sampling.seed
             self.seed = secrets.randbelow(SEED_LIMIT) if given is None else given
-            unique = next(state.counter)
             return [
                 maker.make(
                     prompt,
                     asked.sampling,
                     index=index,
                     priority=asked.priority,
-                    request_id=f"{self.response_id}-{unique}-{index}",
+                    request_id=f"{self.response_id}-{index}",
                     seed=self.seed + index * asked.sampling.n,
                 )
                 for index, prompt in enumerate(asked.prompts)
