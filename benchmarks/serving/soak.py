@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -306,6 +306,22 @@ async def fill(port: int, vocab_size: int = 6144) -> None:
     )
 
 
+def _settled_use(server: Served, samples: Sequence[Sample]) -> dict[str, Use]:
+    """Return what processes use, once the connection that was closed last is closed there too."""
+    end_s = time.monotonic() + 1
+    while True:
+        uses = use_of(server)
+        before = samples[0].uses if samples else uses
+        more = [
+            name
+            for name in uses
+            if name in before and uses[name].descriptors > before[name].descriptors
+        ]
+        if not more or time.monotonic() > end_s:
+            return uses
+        time.sleep(0.02)
+
+
 # -- all of them -----------------------------------------------------------------------------------
 
 
@@ -337,7 +353,7 @@ def run(
         _, again = server.post("/v1/completions", CANARY)
         if again["choices"] != first["choices"]:
             found.faults.append(f"after {done} requests the same one has another answer")
-        found.samples.append(Sample(done, use_of(server)))
+        found.samples.append(Sample(done, _settled_use(server, found.samples)))
         if index % 10 == 9:
             sizes = {name: use.rss_bytes >> 10 for name, use in found.samples[-1].uses.items()}
             print(
