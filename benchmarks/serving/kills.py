@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,18 +155,19 @@ async def _until_noticed(
 
 def _compare(server: Served, streams: Sequence[Stream], kill: Kill) -> None:
     """Run each stream again with the seed it reported: what it gave must be the begin of that."""
-    for stream in streams:
-        if stream.seed is None or not stream.token_ids:
-            continue
+
+    def is_same(stream: Stream) -> bool:
         body = {**stream.body, "stream": False, "seed": stream.seed}
         status, answer = server.post("/v1/completions", body)
         whole = answer["choices"][0] if status == 200 else {"token_ids": [], "text": ""}
         tokens = whole["token_ids"]
         if stream.is_whole:
-            is_same = stream.token_ids == tokens and stream.text == whole["text"]
-        else:
-            is_same = stream.token_ids == tokens[: len(stream.token_ids)]
-        kill.num_different += not is_same
+            return bool(stream.token_ids == tokens and stream.text == whole["text"])
+        return bool(stream.token_ids == tokens[: len(stream.token_ids)])
+
+    told = [stream for stream in streams if stream.seed is not None and stream.token_ids]
+    with ThreadPoolExecutor(len(streams)) as pool:
+        kill.num_different += sum(not same for same in pool.map(is_same, told))
 
 
 def plan(num_ranks: int) -> list[tuple[str, signal.Signals]]:
