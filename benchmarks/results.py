@@ -11,11 +11,12 @@ import json
 import os
 import re
 import shlex
-import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+
+from moe_serve.figures import Row as Row
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,43 +32,6 @@ _FLAGS = (
     ("bf16", "armbf16"),
     ("asimd", "neon"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure. value: what is reported, in `unit`; the spread is over n samples.
-
-    limit: the most (or least) that this machine could give, in `unit`, or None where there is none.
-    ratio: of this figure to what the row's name says it is compared with, or None.
-    """
-
-    name: str
-    value: float
-    unit: str
-    median: float
-    min: float
-    max: float
-    n: int
-    limit: float | None = None
-    ratio: float | None = None
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        samples: Sequence[float],
-        unit: str,
-        *,
-        limit: float | None = None,
-        ratio: float | None = None,
-    ) -> Row:
-        """Summarise samples: the value is their median. Raises ValueError when there is none."""
-        if not samples:
-            raise ValueError(f"{name}: no samples; measure at least once")
-        median = statistics.median(samples)
-        return cls(
-            name, median, unit, median, min(samples), max(samples), len(samples), limit, ratio
-        )
 
 
 def describe_machine(cpuinfo: str, num_cores: int) -> str:

@@ -11,68 +11,35 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from moe_serve.errors import RequestError
+from moe_serve.figures import Row
 from moe_serve.llm import LLM
 from moe_serve.types import RequestOutput, SamplingParams
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchRow:
-    """One figure: its median over n rounds is the value. limit and ratio are for comparisons."""
-
-    name: str
-    value: float
-    unit: str
-    median: float
-    min: float
-    max: float
-    n: int
-    limit: float | None = None
-    ratio: float | None = None
-
-    @classmethod
-    def of(cls, name: str, unit: str, samples: Sequence[float]) -> BenchRow:
-        median = statistics.median(samples)
-        return cls(
-            name=name,
-            value=median,
-            unit=unit,
-            median=median,
-            min=min(samples),
-            max=max(samples),
-            n=len(samples),
-        )
-
-    def line(self) -> str:
-        return (
-            f"{self.name:<24} {self.value:>12.4g} {self.unit:<10} "
-            f"(min {self.min:.4g}, max {self.max:.4g}, n {self.n})"
-        )
-
-
 def bench_latency(
     llm: LLM, *, input_len: int, output_len: int, batch_size: int, num_iters: int
-) -> list[BenchRow]:
+) -> list[Row]:
     """Serve the same shape of batch again and again; one more round before is not counted."""
     rounds = _rounds(llm, input_len, output_len, batch_size, num_iters)
     shape = f"{batch_size}x{input_len}/{output_len}"
     return [
-        BenchRow.of(f"latency {shape}", "s", [wall_s for wall_s, _ in rounds]),
-        BenchRow.of(f"ttft {shape}", "s", [_median_ttft_s(outputs) for _, outputs in rounds]),
-        BenchRow.of(
+        Row.of(f"latency {shape}", [wall_s for wall_s, _ in rounds], "s"),
+        Row.of(f"ttft {shape}", [_median_ttft_s(outputs) for _, outputs in rounds], "s"),
+        Row.of(
             f"output {shape}",
-            "tokens/s",
             [batch_size * output_len / wall_s for wall_s, _ in rounds],
+            "tokens/s",
         ),
     ]
 
 
 def bench_throughput(
     llm: LLM, *, input_len: int, output_len: int, num_prompts: int, num_iters: int
-) -> list[BenchRow]:
+) -> list[Row]:
     """Give all prompts at once and count what is done a second; one round before is not counted."""
     rounds = _rounds(llm, input_len, output_len, num_prompts, num_iters)
     shape = f"{num_prompts}x{input_len}/{output_len}"
@@ -80,13 +47,13 @@ def bench_throughput(
     num_total = num_prompts * (input_len + output_len)
     walls = [wall_s for wall_s, _ in rounds]
     return [
-        BenchRow.of(f"requests {shape}", "requests/s", [num_prompts / wall_s for wall_s in walls]),
-        BenchRow.of(f"output {shape}", "tokens/s", [num_output / wall_s for wall_s in walls]),
-        BenchRow.of(f"total {shape}", "tokens/s", [num_total / wall_s for wall_s in walls]),
+        Row.of(f"requests {shape}", [num_prompts / wall_s for wall_s in walls], "requests/s"),
+        Row.of(f"output {shape}", [num_output / wall_s for wall_s in walls], "tokens/s"),
+        Row.of(f"total {shape}", [num_total / wall_s for wall_s in walls], "tokens/s"),
     ]
 
 
-def bench_report(llm: LLM, command: str, rows: Sequence[BenchRow]) -> dict[str, Any]:
+def bench_report(llm: LLM, command: str, rows: Sequence[Row]) -> dict[str, Any]:
     """Return the figures in the form of benchmarks/results; a package has no commit to name."""
     return {
         "schema": 1,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from moe_serve.bench import BenchRow, bench_latency, bench_report, bench_throughput
+from moe_serve.bench import bench_latency, bench_report, bench_throughput
 from moe_serve.errors import RequestError
+from moe_serve.figures import Row
 from moe_serve.llm import LLM
 from tests.fake_engine import FakeEngine
 
@@ -37,7 +38,7 @@ def test_throughput_rows_agree_with_each_other() -> None:
 
 def test_report_form() -> None:
     llm = LLM.from_parts(FakeEngine())
-    report = bench_report(llm, "a command", [BenchRow.of("x", "s", [3.0, 1.0, 2.0])])
+    report = bench_report(llm, "a command", [Row.of("x", [3.0, 1.0, 2.0], "s")])
     assert list(report) == [
         "schema", "command", "commit", "dirty", "machine", "numerics_id", "rows",
     ]  # fmt: skip

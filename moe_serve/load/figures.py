@@ -6,10 +6,11 @@ import platform
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moe_serve.errors import ConfigError, nearest
+from moe_serve.figures import Row
 from moe_serve.load.records import RequestRecord
 from moe_serve.load.run import LoadRun
 
@@ -20,49 +21,31 @@ BUSY_SHARE = 0.8
 BUSY_AFTER_S = 1.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One figure. value: the median of n samples, or what was counted.
+@dataclass(frozen=True, slots=True)
+class LoadRow(Row):
+    """A figure; of latencies, in seconds, also the mean and the tail."""
 
-    mean, p90 and p99 of latencies. min to ratio: as in the reports of the other benchmarks.
-    """
-
-    name: str
-    value: float
-    unit: str
-    median: float
-    min: float
-    max: float
-    n: int
-    limit: float | None = None
-    ratio: float | None = None
     mean: float | None = None
     p90: float | None = None
     p99: float | None = None
 
-    @classmethod
-    def counted(cls, name: str, value: float, unit: str) -> Row:
-        return cls(name=name, value=value, unit=unit, median=value, min=value, max=value, n=1)
 
-    @classmethod
-    def of(cls, name: str, samples_s: Sequence[float]) -> Row | None:
-        """Summarise seconds; None without any."""
-        if not samples_s:
-            return None
-        ordered = sorted(samples_s)
-        median = statistics.median(ordered)
-        return cls(
-            name=name,
-            value=median,
-            unit="s",
-            median=median,
-            min=ordered[0],
-            max=ordered[-1],
-            n=len(ordered),
-            mean=statistics.fmean(ordered),
-            p90=percentile(ordered, 0.90),
-            p99=percentile(ordered, 0.99),
-        )
+def counted(name: str, value: float, unit: str) -> LoadRow:
+    """Return what was counted once."""
+    return LoadRow.of(name, [value], unit)
+
+
+def latency(name: str, samples_s: Sequence[float]) -> LoadRow | None:
+    """Summarise seconds; None without any."""
+    if not samples_s:
+        return None
+    ordered = sorted(samples_s)
+    return replace(
+        LoadRow.of(name, ordered, "s"),
+        mean=statistics.fmean(ordered),
+        p90=percentile(ordered, 0.90),
+        p99=percentile(ordered, 0.99),
+    )
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -105,29 +88,29 @@ def is_good(record: RequestRecord, goals: Mapping[str, float], from_sending: boo
     return all((taken[name] or 0.0) <= limit_s for name, limit_s in goals.items())
 
 
-def rows_of(run: LoadRun, goals: Mapping[str, float]) -> list[Row]:
+def rows_of(run: LoadRun, goals: Mapping[str, float]) -> list[LoadRow]:
     """Return all figures. Latencies and tokens are of requests that were answered in full."""
     done = [record for record in run.records if record.is_ok]
     wall_s = max(run.wall_s, 1e-9)
     num_output = sum(record.output_tokens for record in done)
     num_input = sum(record.input_tokens or record.asked_input_tokens or 0 for record in done)
-    rows: list[Row | None] = [
-        Row.counted("requests", len(done) / wall_s, "requests/s"),
-        Row.counted("output", num_output / wall_s, "tokens/s"),
-        Row.counted("total", (num_input + num_output) / wall_s, "tokens/s"),
+    rows: list[LoadRow | None] = [
+        counted("requests", len(done) / wall_s, "requests/s"),
+        counted("output", num_output / wall_s, "tokens/s"),
+        counted("total", (num_input + num_output) / wall_s, "tokens/s"),
     ]
     if goals:
         for name, from_sending in (("goodput", False), ("goodput from send", True)):
             num_good = sum(is_good(record, goals, from_sending) for record in done)
-            rows.append(Row.counted(name, num_good / wall_s, "requests/s"))
+            rows.append(counted(name, num_good / wall_s, "requests/s"))
     rows += [
-        Row.of("ttft", _known(record.ttft_s() for record in done)),
-        Row.of("tpot", _known(record.tpot_s for record in done)),
-        Row.of("itl", [gap for record in done for gap in record.itl_s]),
-        Row.of("e2e", _known(record.e2e_s() for record in done)),
-        Row.of("ttft from send", _known(record.ttft_s(from_sending=True) for record in done)),
-        Row.of("e2e from send", _known(record.e2e_s(from_sending=True) for record in done)),
-        Row.of(
+        latency("ttft", _known(record.ttft_s() for record in done)),
+        latency("tpot", _known(record.tpot_s for record in done)),
+        latency("itl", [gap for record in done for gap in record.itl_s]),
+        latency("e2e", _known(record.e2e_s() for record in done)),
+        latency("ttft from send", _known(record.ttft_s(from_sending=True) for record in done)),
+        latency("e2e from send", _known(record.e2e_s(from_sending=True) for record in done)),
+        latency(
             "sent late",
             [r.sent_s - r.intended_s for r in run.records if r.sent_s is not None],
         ),

@@ -9,8 +9,8 @@ import pytest
 from moe_serve.errors import ConfigError
 from moe_serve.load.connection import Address, ConnectionPool
 from moe_serve.load.figures import (
-    Row,
     is_good,
+    latency,
     lines_of,
     notes_of,
     percentile,
@@ -49,10 +49,10 @@ def test_percentiles() -> None:
     assert percentile([0.0, 1.0, 2.0, 3.0, 4.0], 0.5) == 2.0
     assert percentile([float(i) for i in range(101)], 0.99) == pytest.approx(99.0)
     assert percentile([0.0, 10.0], 0.9) == pytest.approx(9.0)
-    row = Row.of("x", [3.0, 1.0, 2.0])
+    row = latency("x", [3.0, 1.0, 2.0])
     assert row is not None
     assert (row.median, row.mean, row.min, row.max, row.n) == (2.0, 2.0, 1.0, 3.0, 3)
-    assert Row.of("x", []) is None
+    assert latency("x", []) is None
 
 
 def test_goals() -> None:
