@@ -135,7 +135,10 @@ class RankedEngine:
         except MoeServeError:
             self._homes.release(home, num_tokens)
             raise
-        self._live[request.request_id] = _Live(home, num_tokens, set(range(sampling.n)))
+        open_ = set(range(sampling.n))
+        if request.output_ids:
+            open_ = {index for index in open_ if request.output_ids[index] is not None}
+        self._live[request.request_id] = _Live(home, num_tokens, open_)
 
     def step(self) -> list[StepOutput]:
         """Let every rank take part in one step; return what all gave. Raises CommError."""
@@ -306,9 +309,21 @@ class RankedEngine:
         try:
             for rank in ranks:
                 self._links[rank].start(call, data)
+        except CommError as error:
+            cause = self._cause(error) if self._num_begun else error
+            self._end(cause)
+            raise cause from None
         except BaseException as error:
             self._end(error)
             raise
+
+    def _cause(self, error: CommError) -> CommError:
+        """Return what a rank that is gone, or another one, has said of a step that was begun."""
+        try:
+            finish_all(self._links, self._longest_s)
+        except CommError as cause:
+            return cause
+        return error
 
     def _finish(self, ranks: Sequence[int]) -> list[Reply]:
         try:
@@ -335,11 +350,13 @@ class RankedEngine:
     def _read_step(self) -> list[Reply]:
         """Wait for the replies to the earliest step that was begun."""
         before = self._bytes_moved, self._moving_s
+        begun_s = time.perf_counter()
         replies = self._finish(range(len(self._links)))
         self._num_begun -= 1
         now_s = time.perf_counter()
         taken_s, self._step_start_s = now_s - self._step_start_s, now_s
-        self._longest_s = max(self._longest_s, taken_s)
+        # who steps may come back after hours, of which the ranks know nothing
+        self._longest_s = max(self._longest_s, now_s - begun_s)
         self._is_short = taken_s < _SHORT_STEP_S
         self._budget.told(taken_s, self._bytes_moved - before[0], self._moving_s - before[1])
         return replies

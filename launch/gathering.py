@@ -43,14 +43,22 @@ class Gathering:
 
     def take(self, now_s: float, num_requests: int) -> tuple[StepOutput, ...]:
         """Return what is to be told now, each output once."""
-        gap_s = self._gap_s
-        if gap_s is None:
-            gap_s = 1e-3 * min(MOST_MS, MS_PER_REQUEST * num_requests)
-        if now_s - self._told_s >= gap_s:
+        if now_s - self._told_s >= self._gap_for(num_requests):
             return self.take_all(now_s)
         found = tuple(self._outputs.pop(key) for key in dict.fromkeys(self._urgent))
         self._urgent.clear()
         return found
+
+    def left_s(self, now_s: float, num_requests: int) -> float | None:
+        """Return how long what there is may still wait; None: there is nothing."""
+        if not self._outputs:
+            return None
+        return max(0.0, self._told_s + self._gap_for(num_requests) - now_s)
+
+    def _gap_for(self, num_requests: int) -> float:
+        if self._gap_s is not None:
+            return self._gap_s
+        return 1e-3 * min(MOST_MS, MS_PER_REQUEST * num_requests)
 
     def take_all(self, now_s: float) -> tuple[StepOutput, ...]:
         """Return all there is."""

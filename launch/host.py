@@ -47,13 +47,11 @@ from moe_serve.types import Request, StepOutput
 
 logger = logging.getLogger(__name__)
 
-# for a front end to come: on a busy machine its imports can take longer than a silence may
-_JOIN_S = 120.0
 _STATS_S = 1.0
 # after the last step: who looks then shall not see what was
 _LAST_STATS_S = 0.1
 # a front end that is starting imports much, on a machine that may be loading a model
-_STARTS_IN_S = 60.0
+_STARTS_IN_S = 120.0
 # beyond the time that requests have to end
 _AFTER_DRAIN_S = 2.0
 
@@ -149,6 +147,7 @@ class Host:
 
     def lost_world(self, why: str) -> None:
         """For `LastingEngine.on_loss`: the world is being formed anew."""
+        self._tell(self._unsaid.take_all(time.monotonic()))  # it may take long
         self._set_state("reforming", why)
 
     def has_world(self) -> None:
@@ -166,6 +165,7 @@ class Host:
             while not self._is_done():
                 self._turn(engine)
         except MoeServeError as error:
+            self._tell(self._unsaid.take_all(time.monotonic()))
             self._set_state("failed", str(error))
             self._say(Failed(str(error), type(error).__name__))
             self._linger()
@@ -184,8 +184,7 @@ class Host:
         """Make one step, or wait for something to do."""
         if engine.has_unfinished:
             engine.start_step()
-            # of the step before, while this one runs
-            self._tell(self._unsaid.take(time.monotonic(), len(self._num_open)))
+            self._tell_while_it_runs(engine)
             self._hear()
             self._unsaid.add(engine.finish_step(), self._new)
             self._num_steps += 1
@@ -217,6 +216,16 @@ class Host:
         self._drain_end_s = time.monotonic() + self._shutdown_timeout_s + _AFTER_DRAIN_S
         self._set_state("draining", "")
         self._say(Drain(self._shutdown_timeout_s))
+
+    def _tell_while_it_runs(self, engine: ServedEngine) -> None:
+        """Tell of the steps before; what may wait, once it has waited or the step is over."""
+        now_s, num_requests = time.monotonic(), len(self._num_open)
+        self._tell(self._unsaid.take(now_s, num_requests))
+        left_s = self._unsaid.left_s(now_s, num_requests)
+        if left_s is None or not isinstance(engine, LastingEngine):
+            return  # a rank in this process would not go on meanwhile
+        if not select.select(engine.remote_links, [], [], left_s)[0]:
+            self._tell(self._unsaid.take_all(time.monotonic()))
 
     def _tell(self, outputs: tuple[StepOutput, ...]) -> None:
         if outputs:

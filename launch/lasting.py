@@ -17,7 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_serve.config import EngineConfig
 from moe_serve.engine.engine import EngineStats
@@ -29,6 +29,8 @@ from moe_serve.models.spec import ModelSpec
 from moe_serve.types import Request, StepOutput
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # worlds lost in so long count together
 LOSSES_IN_S = 300.0
@@ -214,21 +216,17 @@ class LastingEngine:
 
     def place(self, placement: Placement, bytes_per_step: int | None = None) -> None:
         """As `RankedEngine.place`; a world that is formed anew takes the placement over again."""
-        self._engine.place(placement, bytes_per_step)
+        self._in_a_world(lambda: self._engine.place(placement, bytes_per_step))
         self._placement = placement
 
     def resize_expert_cache(self, slots_per_layer: int) -> None:
         """As `Engine.resize_expert_cache`, also for the worlds to come."""
-        self._engine.resize_expert_cache(slots_per_layer)
+        self._in_a_world(lambda: self._engine.resize_expert_cache(slots_per_layer))
         self._slots_per_layer = slots_per_layer
 
     def stats(self) -> EngineStats:
         """As `RankedEngine.stats`: of the present world."""
-        try:
-            return self._engine.stats()
-        except CommError as error:
-            self._form_anew(error)
-            return self._engine.stats()
+        return self._in_a_world(lambda: self._engine.stats())
 
     def abandon(self) -> None:
         """As `RankedEngine.abandon`."""
@@ -240,6 +238,14 @@ class LastingEngine:
         self._is_closed = True
         self._books.clear()
         self._engine.close()
+
+    def _in_a_world(self, call: Callable[[], Result]) -> Result:
+        """Return what a call gives, of another world where one is lost with it."""
+        while True:
+            try:
+                return call()
+            except CommError as error:
+                self._form_anew(error)
 
     # -- books -------------------------------------------------------------------------------------
 
@@ -287,6 +293,12 @@ class LastingEngine:
             except CommError as another:
                 why = str(another)
                 continue
+            except MoeServeError as another:  # the model's folder, or memory, is gone
+                self._books.clear()
+                self._suspects.clear()
+                raise CommError(
+                    f"{why}; the ranks could not be started again: {another}"
+                ) from another
             break
         logger.warning(
             "the ranks are there again (generation %d), with %d unfinished requests",

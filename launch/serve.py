@@ -186,7 +186,7 @@ def _is_follower() -> bool:
 
 def _follow(config: EngineConfig, model: Path) -> int:
     """Work for rank 0 until it ends: signals are for it, which then drains."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     follower = open_served(config, model)
     assert isinstance(follower, Follower)

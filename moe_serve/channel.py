@@ -136,8 +136,6 @@ class Mailbox(Generic[Incoming]):
             data = self._encoder.encode(message)
             self._unsent += _LENGTH.pack(len(data))
             self._unsent += data
-            if len(self._unsent) > self._most_bytes:
-                raise Closed(f"the other side has not read {len(self._unsent)} bytes")
             self._write()
 
     def flush(self) -> bool:
@@ -189,6 +187,8 @@ class Mailbox(Generic[Incoming]):
             try:
                 sent = self._socket.send(self._unsent)
             except BlockingIOError:
+                if len(self._unsent) > self._most_bytes:
+                    raise Closed(f"the other side has not read {len(self._unsent)} bytes") from None
                 return
             except OSError as error:
                 raise Closed(f"the connection is gone ({error.strerror or error})") from error

@@ -173,6 +173,8 @@ def test_a_mailbox_that_nobody_empties_is_given_up(ends: Ends) -> None:
 
     with pytest.raises(Closed, match="has not read"):
         send_all()
+    with pytest.raises(Closed, match="has not read"):  # who did not see it learns of it here
+        mailbox.flush()
 
 
 def test_what_came_before_the_end_is_received_first(ends: Ends) -> None:

@@ -49,6 +49,18 @@ def test_without_a_gap_it_grows_with_the_load(num_requests: int, gap_s: float) -
     assert gathering.take(1.01 * gap_s, num_requests)
 
 
+def test_how_long_it_may_wait_is_told() -> None:
+    gathering = Gathering(0.05)
+    assert gathering.left_s(0.0, 1) is None
+    gathering.add([out("a", 1)], set())
+    assert gathering.left_s(0.0, 1) == 0
+    gathering.take(1.0, 1)
+    assert gathering.left_s(1.0, 1) is None
+    gathering.add([out("a", 2)], set())
+    assert gathering.left_s(1.01, 1) == pytest.approx(0.04)
+    assert gathering.left_s(2.0, 1) == 0
+
+
 def test_a_gap_of_nothing_tells_each_step() -> None:
     gathering = Gathering(0.0)
     for token in range(5):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -53,6 +53,7 @@ class Engine:
         self.most: dict[str, int] = {}
         self.calls: list[str] = []
         self.failure: CommError | None = None
+        self.on_step: Callable[[], None] = lambda: None
 
     @property
     def has_unfinished(self) -> bool:
@@ -72,6 +73,7 @@ class Engine:
 
     def finish_step(self) -> list[StepOutput]:
         time.sleep(self.step_s)
+        self.on_step()
         if self.failure is not None:
             raise self.failure
         outputs = []
@@ -108,7 +110,7 @@ class Engine:
 class Played:
     """A host that runs in a thread, and the front end's end of its mailbox."""
 
-    def __init__(self, engine: Engine, shutdown_timeout_s: float = 5.0) -> None:
+    def __init__(self, engine: Engine, shutdown_timeout_s: float = 5.0, gap_s: float = 0.0) -> None:
         self.engine = engine
         self.lost: list[str] = []
         self.error: BaseException | None = None
@@ -119,7 +121,7 @@ class Played:
             ),
         )
         self.mailbox = self._meet()
-        self.host = Host(self.front, shutdown_timeout_s)
+        self.host = Host(self.front, shutdown_timeout_s, gap_s)
         self.said: list[ToFront] = []
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
@@ -370,3 +372,34 @@ def test_a_closed_mailbox_says_so(played: Played) -> None:
     played.end()
     with pytest.raises((Closed, OSError)):
         played.mailbox.receive()
+
+
+@pytest.mark.parametrize("is_for_good", [True, False])
+def test_what_was_gathered_is_told_before_a_loss(is_for_good: bool) -> None:
+    engine = Engine()
+    one = Played(engine, gap_s=60.0)
+    try:
+        one.say(Start(request("a", 50)))
+        assert one.tokens("a", until_end=False) == [0]
+        while engine.given["a", 0] < 20:
+            time.sleep(0.001)
+        if is_for_good:
+            engine.failure = CommError("it burns")
+            one.hear(Failed)
+        else:
+            engine.on_step = lambda: one.host.lost_world("it burns")
+            while not any(beat.state == "reforming" for beat in one.said if isinstance(beat, Beat)):
+                one.hear(Beat, len([m for m in one.said if isinstance(m, Beat)]) + 1)
+        told: list[tuple[StepOutput, ...] | None] = []  # None: that it is lost
+        for message in one.said:
+            if isinstance(message, Outputs):
+                told.append(message.outputs)
+            elif isinstance(message, Failed) or getattr(message, "state", "") == "reforming":
+                told.append(None)
+        assert told.index(None) == 2
+        gathered = told[1]
+        assert gathered is not None
+        assert len(gathered[0].token_ids) >= 19
+    finally:
+        engine.failure = None
+        one.end()

@@ -6,7 +6,13 @@ from typing import Any, cast
 
 import pytest
 
-from moe_serve.errors import CapacityError, CommError, RequestError
+from moe_serve.errors import (
+    CapacityError,
+    CheckpointError,
+    CommError,
+    MoeServeError,
+    RequestError,
+)
 from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.launch.lasting import LastingEngine
 from moe_serve.types import Request, SamplingParams, StepOutput
@@ -81,6 +87,7 @@ class World:
         return f"world {self.generation}"
 
     def resize_expert_cache(self, slots: int) -> None:
+        self._live("resize")
         self.slots = slots
 
     def close(self) -> None:
@@ -90,7 +97,7 @@ class World:
 class Worlds:
     """fates: of each world to come, one after the other; then worlds that live for ever."""
 
-    def __init__(self, *fates: dict[str, int] | CommError, **options: Any) -> None:
+    def __init__(self, *fates: dict[str, int] | MoeServeError, **options: Any) -> None:
         self.fates = list(fates)
         self.formed: list[World] = []
         self.why: list[str] = []
@@ -98,7 +105,7 @@ class Worlds:
 
     def form(self, generation: int) -> RankedEngine:
         fate = self.fates.pop(0) if self.fates else {}
-        if isinstance(fate, CommError):
+        if isinstance(fate, MoeServeError):
             raise fate
         self.formed.append(World(generation, dict(fate)))
         return cast(RankedEngine, self.formed[-1])
@@ -207,3 +214,23 @@ def test_a_closed_engine_forms_no_world() -> None:
     with pytest.raises(CommError, match="lost in add"):
         worlds.engine.add(request("a"))
     assert len(worlds.formed) == 1
+
+
+def test_a_world_that_is_refused_ends_it_for_everybody() -> None:
+    worlds = Worlds({"add": 1}, CheckpointError("no such folder"))
+    worlds.engine.add(request("a"))
+    with pytest.raises(CommError, match=r"lost in add; .* not be started again: no such folder"):
+        worlds.engine.add(request("b"))
+
+
+def test_a_world_lost_while_it_is_told_of_slots_leaves_them_to_the_next() -> None:
+    worlds = Worlds({"resize": 0})
+    worlds.engine.add(request("a"))
+    worlds.engine.resize_expert_cache(5)
+    assert [world.slots for world in worlds.formed] == [None, 5]
+    assert run(worlds.engine) == {("a", 0): [*range(6)]}
+
+
+def test_counts_are_those_of_a_world_that_lives() -> None:
+    worlds = Worlds({"stats": 0}, {"stats": 0})
+    assert str(worlds.engine.stats()) == "world 2"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,3 +153,27 @@ def test_counts_and_signs_of_life_between_steps(short_s: float) -> None:
         engine.listen()
         assert num_steps == 20
         assert engine.stats().num_finished["length"] == 1
+
+
+def test_a_request_that_went_on_is_forgotten_when_the_rest_of_it_has_ended() -> None:
+    with ranked() as engine:
+        for _ in range(2):  # the id is free again
+            begun = request("a", (5, 6), 8, n=2)
+            engine.add(dataclasses.replace(begun, output_ids=(None, (7, 8))))
+            num_tokens = 0
+            while engine.has_unfinished:
+                num_tokens += sum(len(out.token_ids) for out in engine.step())
+            assert num_tokens == 6
+            assert not engine._live
+
+
+def test_a_pause_between_steps_is_no_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator, "_SHORT_STEP_S", 60.0)
+    with ranked() as engine:
+        engine.add(request("a", (5,), 20))
+        for _ in range(3):
+            engine.step()
+        assert engine._num_begun == 1
+        time.sleep(0.5)
+        engine.step()
+        assert engine._longest_s < 0.5
