@@ -34,14 +34,14 @@ class Distribution:
         self._slices: deque[list[int]] = deque(maxlen=_NUM_SLICES)
         self._slice_s = clock()
 
-    def add(self, value: float) -> None:
-        """Count one value."""
+    def add(self, value: float, num: int = 1) -> None:
+        """Count a value, so many times."""
         if self._clock() - self._slice_s > _SLICE_S:
             self._turn()
         index = bisect_left(self.bounds, value)
-        self.counts[index] += 1
-        self._recent[index] += 1
-        self.sum += value
+        self.counts[index] += num
+        self._recent[index] += num
+        self.sum += num * value
 
     def quantiles(self, wanted: Sequence[float]) -> list[float | None]:
         """Return those of the last minute; None where it has no value."""

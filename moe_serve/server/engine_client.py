@@ -62,10 +62,10 @@ class Unavailable(MoeServeError):
 class Running:
     """A request that the engine has: `state` is all that came for it so far.
 
-    request_id: the engine's for it, that no other request has had: what was on its way when one was
-    dropped is not taken for the next one's of the same name. failure: why it ended otherwise than
-    by its outputs, or None. For one reader, who may wait for several requests at once by giving
-    them the same `news`.
+    request_id: the engine's for it, that no other one of this client has had: what was on its way
+    when one was dropped is not taken for the next one's of the same name. failure: why it ended
+    otherwise than by its outputs, or None. For one reader, who may wait for several requests at
+    once by giving them the same `news`.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Running:
 class EngineClient(asyncio.Protocol):
     """The engine, as a front end sees it. All methods are for the event loop's thread.
 
-    on_gap: told the seconds between two steps that gave a request tokens; on_tokens: how many
-    tokens a step gave. on_drain: called when the host says to take nothing new; on_end: when the
+    on_gap: told the seconds between two tokens of a request, and of how many it is so: those that
+    came together have the same share; on_tokens: how many tokens came. on_drain: called when the host says to take nothing new; on_end: when the
     host is gone or has failed, with the reason. max_queue_wait_s: refuse what would wait longer for
     its turn, as far as the latest first tokens tell.
     """
@@ -133,7 +133,7 @@ class EngineClient(asyncio.Protocol):
         self.report: StatsReport | None = None
         self.failed: Failed | None = None
         self.is_draining = False
-        self.on_gap: Callable[[float], None] | None = None
+        self.on_gap: Callable[[float, int], None] | None = None
         self.on_tokens: Callable[[int], None] | None = None
         self.ended: str | None = None
 
@@ -327,10 +327,12 @@ class EngineClient(asyncio.Protocol):
                 self.beat = message
             case StatsReport():
                 self.report = message
-            case Refused(request_id=request_id):
+            case Refused(request_id=request_id, message=why):
                 running = self._running.get(request_id)
                 if running is not None:
-                    running.failure = message
+                    name = running.state.request.request_id  # as who asked knows it
+                    why = why.replace(request_id, name)
+                    running.failure = msgspec.structs.replace(message, message=why)
                     self._forget(running)
                     running.tell()
             case Welcome():
@@ -355,7 +357,8 @@ class EngineClient(asyncio.Protocol):
                 running.is_queued = False
                 self._queue.serve(running.request_id)
             elif running.last_s is not None and running.last_s < now_s and self.on_gap is not None:
-                self.on_gap(now_s - running.last_s)
+                num_tokens = max(1, len(step.token_ids))
+                self.on_gap((now_s - running.last_s) / num_tokens, num_tokens)
             running.last_s = now_s
             try:
                 has_stopped = running.state.update(step, now_s)

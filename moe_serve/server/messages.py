@@ -66,7 +66,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):
-    """What one step gave."""
+    """What a step gave, or several short ones."""
 
     outputs: tuple[StepOutput, ...]
 

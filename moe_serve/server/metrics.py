@@ -158,7 +158,11 @@ class Metrics(Collector):
                 "From a request's arrival to its first token",
                 self.ttft,
             ),
-            ("inter_token_latency_seconds", "Between two steps that gave tokens", self.itl),
+            (
+                "inter_token_latency_seconds",
+                "Between two tokens of an output; of those that came together, the same share",
+                self.itl,
+            ),
             ("request_time_per_output_token_seconds", "After the first, in the mean", self.tpot),
             ("e2e_request_latency_seconds", "Of whole requests", self.e2e),
             ("request_prompt_tokens", "Of each request", self.prompt_tokens),
