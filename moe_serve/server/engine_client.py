@@ -96,9 +96,10 @@ class EngineClient(asyncio.Protocol):
     """The engine, as a front end sees it. All methods are for the event loop's thread.
 
     on_gap: told the seconds between two tokens of a request, and of how many it is so: those that
-    came together have the same share; on_tokens: how many tokens came. on_drain: called when the host says to take nothing new; on_end: when the
-    host is gone or has failed, with the reason. max_queue_wait_s: refuse what would wait longer for
-    its turn, as far as the latest first tokens tell.
+    came together have the same share; on_tokens: how many tokens came. on_drain: called when the
+    host says to take nothing new; on_end: when the host is gone or has failed, with the reason.
+    max_queue_wait_s: refuse what would wait longer for its turn, as far as the latest first tokens
+    tell.
     """
 
     def __init__(
