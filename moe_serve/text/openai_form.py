@@ -5,6 +5,7 @@ What a body asks for and this system does not do is an error that names it, neve
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -337,7 +338,8 @@ def response_object(
     """
     choices: list[dict[str, Any]] = []
     for output in outputs:
-        choices += [_choice(output, one, asked, len(choices), names) for one in output.outputs]
+        told = told_prompt(output, asked, names)
+        choices += [_choice(told, one, asked, len(choices), names) for one in output.outputs]
     found: dict[str, Any] = {
         "id": response_id,
         "object": "text_completion" if asked.kind == "completion" else "chat.completion",
@@ -352,6 +354,36 @@ def response_object(
     if asked.kind == "chat":
         found.update(_prompt_fields(outputs[0], asked, names))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class ToldPrompt:
+    """What the choices of one prompt have in common: made once, and written to by none of them.
+
+    text: before each choice's own, "" without echo. fields: beside a choice's own. logprobs: the
+    echo's lists, or None. writer: of a completion's logprobs, behind the echo; each choice needs a
+    copy of it. None where there are no logprobs.
+    """
+
+    text: str
+    fields: Mapping[str, Any]
+    logprobs: dict[str, list[Any]] | None
+    writer: CompletionLogprobs | None
+
+
+def told_prompt(output: RequestOutput, asked: BodyRequest, names: TokenNames) -> ToldPrompt:
+    """Return what is told of a prompt with each of its choices; of a chat nothing is."""
+    if asked.kind == "chat":
+        return ToldPrompt("", {}, None, None)
+    sampling = asked.sampling
+    writer = echoed = None
+    if sampling.logprobs is not None:
+        skips = sampling.skip_special_tokens
+        writer = CompletionLogprobs(names, sampling.logprobs, skips_special=skips)
+        if asked.echo and output.prompt_logprobs is not None:
+            echoed = writer.of_prompt(output.prompt_token_ids, output.prompt_logprobs)
+    text = prompt_text(output, names) if asked.echo else ""
+    return ToldPrompt(text, _prompt_fields(output, asked, names), echoed, writer)
 
 
 def usage_object(num_prompt: int, num_output: int) -> dict[str, Any]:
@@ -380,7 +412,7 @@ def error_object(
 
 
 def _choice(
-    output: RequestOutput, one: CompletionOutput, asked: BodyRequest, first: int, names: TokenNames
+    prompt: ToldPrompt, one: CompletionOutput, asked: BodyRequest, first: int, names: TokenNames
 ) -> dict[str, Any]:
     """Return one choice. first: how many choices the prompts before this one have."""
     end: dict[str, Any] = {"index": first + one.index, "finish_reason": one.finish_reason}
@@ -390,28 +422,16 @@ def _choice(
         end["routed_experts"] = one.routed_experts.array().tolist()
     num_top = asked.sampling.logprobs
     if asked.kind == "completion":
-        text = prompt_text(output, names) + one.text if asked.echo else one.text
-        told = None if num_top is None else _completion_logprobs(output, one, asked, names)
-        own = _prompt_fields(output, asked, names)
-        return {"text": text, "logprobs": told, **end, **own}
+        told = None
+        if prompt.writer is not None:
+            own = copy.copy(prompt.writer).of_output(one.logprobs or ())
+            told = own if prompt.logprobs is None else joined([prompt.logprobs, own])
+        return {"text": prompt.text + one.text, "logprobs": told, **end, **prompt.fields}
     content = None
     if one.logprobs is not None:
         content = {"content": chat_logprobs(one.logprobs, names, num_top or 0), "refusal": None}
     message = {"role": "assistant", "content": one.text, "refusal": None}
     return {"message": message, "logprobs": content, **end}
-
-
-def _completion_logprobs(
-    output: RequestOutput, one: CompletionOutput, asked: BodyRequest, names: TokenNames
-) -> dict[str, Any]:
-    sampling = asked.sampling
-    writer = CompletionLogprobs(
-        names, sampling.logprobs or 0, skips_special=sampling.skip_special_tokens
-    )
-    parts = []
-    if asked.echo and output.prompt_logprobs is not None:
-        parts.append(writer.of_prompt(output.prompt_token_ids, output.prompt_logprobs))
-    return joined([*parts, writer.of_output(one.logprobs or ())])
 
 
 def _prompt_fields(output: RequestOutput, asked: BodyRequest, names: TokenNames) -> dict[str, Any]:
