@@ -152,13 +152,7 @@ class Call:
     def fault(self) -> ApiError | None:
         """Why there can be no answer, or no more of it; None while there can."""
         if self.is_late and not self.is_over:
-            limit_s = self.state.limits.request_s
-            return ApiError(
-                504,
-                f"the request took more than {limit_s:g} s",
-                code="request_timeout",
-                retry_after_s=1,
-            )
+            return self._lateness()
         for running in self.runnings:
             if running.failure is not None:
                 return _failure(running.failure)
@@ -196,19 +190,35 @@ class Call:
         state = self.state
         check_content_type(self._scope)
         data = await read_all(receive, state.limits.body_bytes)
+        loop = asyncio.get_running_loop()
+        self._watcher = loop.create_task(self._watch(receive))
+        spent_s = time.monotonic() - self.begun_s
+        self._timer = loop.call_later(max(0.0, state.limits.request_s - spent_s), self._end_time)
         try:
             if state.client.welcome is not None:
                 state.client.check()  # who is asked for too much must not work to refuse it
-            prepared = await in_thread(state, self._prepare, data)
+            prepared = await self._prepared(data)
             state.register(self.response_id, self)
             for one in prepared:
                 self.runnings.append(state.client.start(one, self._news))
         except Unavailable as error:
             raise _failure(error) from error
-        loop = asyncio.get_running_loop()
-        self._watcher = loop.create_task(self._watch(receive))
-        spent_s = time.monotonic() - self.begun_s
-        self._timer = loop.call_later(max(0.0, state.limits.request_s - spent_s), self._end_time)
+
+    async def _prepared(self, data: bytes) -> list[PreparedRequest]:
+        """Make the engine's requests of a body. Raises ClientGone, and ApiError 504 when late."""
+        # a template is a program of strangers, that may take its time: never here
+        if self.kind == "completion" and len(data) <= INLINE_BYTES:
+            return self._prepare(data)
+        work = asyncio.ensure_future(in_thread(self.state, self._prepare, data))
+        work.add_done_callback(self._worked)
+        try:
+            while not work.done():
+                await self.changed()
+                if self.is_late:
+                    raise self._lateness()
+        finally:
+            work.cancel()
+        return work.result()
 
     def _prepare(self, data: bytes) -> list[PreparedRequest]:
         """Make the engine's requests of a body. For any thread: it takes time."""
@@ -253,6 +263,15 @@ class Call:
             wanted = uuid.uuid4().hex
         prefix = "cmpl" if self.kind == "completion" else "chatcmpl"
         self.response_id = f"{prefix}-{wanted}"
+
+    def _worked(self, work: asyncio.Future[Any]) -> None:
+        if not work.cancelled():
+            work.exception()  # asyncio logs what nobody has looked at
+        self.wake()
+
+    def _lateness(self) -> ApiError:
+        message = f"the request took more than {self.state.limits.request_s:g} s"
+        return ApiError(504, message, code="request_timeout", retry_after_s=1)
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -335,13 +354,14 @@ def _failure(failure: Refused | Unavailable) -> ApiError:
 
 
 async def in_thread(state: FrontState, work: Callable[[bytes], Result], data: bytes) -> Result:
-    """Do what takes time with a body: here where it is small, else in a thread.
+    """Do what takes time with a body in a thread, when it is its turn.
 
-    Templates of chats are programs of strangers, that may take their time: never here.
+    Cancelled before, it holds the body no more; a thread that has begun goes on by itself.
     """
-    if len(data) <= INLINE_BYTES and b'"messages"' not in data:
-        return work(data)
-    return await asyncio.get_running_loop().run_in_executor(state.pool, work, data)
+    await state.turns.acquire()
+    done = asyncio.get_running_loop().run_in_executor(state.pool, work, data)
+    done.add_done_callback(lambda done: state.turns.release())
+    return await asyncio.shield(done)
 
 
 async def read_all(receive: Receive, most_bytes: int) -> bytes:

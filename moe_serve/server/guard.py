@@ -38,7 +38,10 @@ Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """access: whether a key is needed, where there are keys. generates: it counts for limits."""
+    """access: whether a key is needed, where there are keys.
+
+    generates: it takes time or memory for texts, and counts for limits.
+    """
 
     access: Literal["open", "key"] = "key"
     generates: bool = False
@@ -65,8 +68,8 @@ ROUTES: Mapping[str, Route] = {
     "/v1/models": Route(),
     "/v1/models/{model:path}": Route(),
     "/v1/abort": Route(),
-    "/tokenize": Route(),
-    "/detokenize": Route(),
+    "/tokenize": Route(generates=True),
+    "/detokenize": Route(generates=True),
     "/v1/completions": Route(generates=True),
     "/v1/chat/completions": Route(generates=True),
 }

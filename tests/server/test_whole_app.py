@@ -40,7 +40,7 @@ def test_the_guard_knows_every_route_and_no_other() -> None:
     assert {route.path for route in APP.routes if isinstance(route, Route)} == set(ROUTES)
     assert {path for path, route in ROUTES.items() if route.access == "open"} == OPEN
     generating = {path for path, route in ROUTES.items() if route.generates}
-    assert generating == {"/v1/completions", "/v1/chat/completions"}
+    assert generating == {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
