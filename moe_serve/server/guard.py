@@ -395,9 +395,11 @@ class _Exchange:
 
     def _with_ours(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         result = list(headers)
-        if not any(name == b"cache-control" for name, _ in result):
+        named = {name for name, _ in result}
+        if b"cache-control" not in named:
             result.append(_NO_STORE)
-        result.append((b"x-request-id", self.request_id.encode("ascii")))
+        if b"x-request-id" not in named:
+            result.append((b"x-request-id", self.request_id.encode("ascii")))
         return result
 
 

@@ -56,6 +56,18 @@ def test_without_a_key_there_is_a_401_but_for_probes(path: str, method: str) -> 
     assert with_key.status_code != 401
 
 
+@pytest.mark.parametrize("prompt", ["a", ""])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_has_one_request_id(prompt: str, is_streamed: bool) -> None:
+    answer = CLIENT.post(
+        "/v1/completions",
+        json={"prompt": prompt, "max_tokens": 1, "stream": is_streamed},
+        headers={"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine"},
+    )
+    name = "cmpl-mine" if answer.status_code == 200 else "mine"
+    assert answer.headers.get_list("x-request-id") == [name]
+
+
 def test_a_route_that_nobody_thought_of_is_closed() -> None:
     APP.router.routes.append(Route("/new", lambda request: None))
     try:
