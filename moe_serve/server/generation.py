@@ -280,8 +280,13 @@ class Call:
         self.wake()
 
     def _end_time(self) -> None:
+        """Let the request end with an error; if its client does not take that in time, cut it."""
         self.is_late = True
         self.wake()
+        cut = self._scope.get("state", {}).get("cut_connection")
+        if cut is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self.state.limits.write_s, cut)
 
     async def _whole_answer(self) -> bytes:
         """Wait for all outputs; return the answer's object."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -312,6 +313,42 @@ def test_the_deadline_of_a_stream_is_an_event() -> None:
     one = exchange(app, COMPLETIONS, {"prompt": "a", "stream": True, "max_tokens": 200})
     assert one.status == 200
     assert one.events[-1]["error"]["type"] == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_who_reads_slowly_is_cut_after_the_deadline(is_streamed: bool) -> None:
+    async def go() -> None:
+        app, state = late(step_s=0.01)
+        state.limits = replace(state.limits, write_s=0.1)
+        body = {"prompt": "a", "stream": is_streamed, "max_tokens": 200}
+        one = Exchange(app, COMPLETIONS, body)
+
+        def cut() -> None:
+            one.gone.set()
+            one.may_send.set()
+
+        one._scope["state"] = {"cut_connection": cut}
+        one.may_send.clear()
+        await asyncio.wait_for(one.run(), 2)
+        assert one.gone.is_set()
+        assert state.client.num_running == 0
+
+    asyncio.run(go())
+
+
+def test_who_takes_an_answer_in_time_is_not_cut() -> None:
+    async def go() -> None:
+        app, state = late(step_s=0.01)
+        state.limits = replace(state.limits, write_s=0.01)
+        cuts: list[str] = []
+        one = Exchange(app, COMPLETIONS, {"prompt": "a", "max_tokens": 200})
+        one._scope["state"] = {"cut_connection": lambda: cuts.append("cut")}
+        await one.run()
+        await asyncio.sleep(0.05)
+        assert one.status == 504
+        assert cuts == []
+
+    asyncio.run(go())
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
