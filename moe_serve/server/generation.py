@@ -155,15 +155,22 @@ class Call:
             return self._lateness()
         for running in self.runnings:
             if running.failure is not None:
-                return _failure(running.failure)
+                failure = running.failure
+                if isinstance(failure, Refused) and failure.kind != "engine":
+                    return self._refused(failure.message)
+                return _failure(failure)
             for output in running.state.outputs:
                 if output.finish_reason == "error":
-                    is_refused = getattr(output, "is_refused", False)
                     message = output.error or "the engine could not go on with it"
-                    if is_refused:
-                        return ApiError(400, message, code="engine_error")
-                    return engine_fault(message)
+                    return self._refused(message) if output.is_refused else engine_fault(message)
         return None
+
+    def _refused(self, message: str) -> ApiError:
+        """Return the answer to what the engine refuses: the request's own fault."""
+        assert self.asked is not None
+        message = self.asked.as_sent(message)
+        field = named_field(message, self.kind)
+        return ApiError(400, message, param=field, code="invalid_value")
 
     def wake(self) -> None:
         """Make `changed` return."""
@@ -353,9 +360,7 @@ def _failure(failure: Refused | Unavailable) -> ApiError:
         return ApiError(
             failure.status, str(failure), code="unavailable", retry_after_s=failure.retry_after_s
         )
-    if failure.kind == "engine":
-        return engine_fault(failure.message)
-    return ApiError(400, failure.message, code="invalid_value")
+    return engine_fault(failure.message)
 
 
 async def in_thread(state: FrontState, work: Callable[[bytes], Result], data: bytes) -> Result:

@@ -58,6 +58,8 @@ FLAGS = (
 )  # fmt: skip
 _FORMATS = ("text", "json_object", "json_schema")
 _SCHEMA = "response_format.json_schema"
+# where an engine's errors say that a schema is
+_OWN_SCHEMA = "structured_outputs.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class BodyRequest:
 
     echo: the prompt's text before each output's. num_prompt_logprobs: how many likely tokens to
     tell for each of the prompt's, None for no such list; an echo's are `sampling.logprobs`.
+    schema_field: where the body has the schema of the text, if it has one.
     """
 
     kind: Kind
@@ -79,10 +82,20 @@ class BodyRequest:
     has_usage_chunk: bool = False
     has_usage_always: bool = False
     request_id: str | None = None
+    schema_field: str = _OWN_SCHEMA
 
     @property
     def prompt(self) -> Prompt:
         return self.prompts[0]
+
+    def as_sent(self, message: str) -> str:
+        """Return an engine's error so that it names the field of the body that it is about."""
+        if self.schema_field == _OWN_SCHEMA:
+            return message
+        if message.startswith(f"{_OWN_SCHEMA}:"):
+            return self.schema_field + message.removeprefix(_OWN_SCHEMA)
+        found = message.removeprefix("structured_outputs ")
+        return message if found == message else f"response_format {found}"
 
 
 def read_body(
@@ -107,7 +120,7 @@ def read_body(
             f"(there are: {', '.join(KIND_OF_URL)})"
         )
     kind = KIND_OF_URL[url]
-    given = {name: value for name, value in body.items() if value is not None}
+    given = _without_nulls(body)
     _check_known(kind, given, is_served)
     sampling = _read_sampling(kind, given, defaults)
     has_usage_chunk, has_usage_always = _read_stream_options(given)
@@ -123,7 +136,15 @@ def read_body(
         has_usage_chunk=has_usage_chunk,
         has_usage_always=has_usage_always,
         request_id=given.get("request_id"),
+        schema_field=_schema_field(given.get("response_format")),
     )
+
+
+def _schema_field(response_format: Mapping[str, Any] | None) -> str:
+    if response_format is None or response_format["type"] == "text":
+        return _OWN_SCHEMA
+    is_object = response_format["type"] == "json_object"
+    return "response_format" if is_object else f"{_SCHEMA}.schema"
 
 
 def named_field(message: str, kind: Kind) -> str | None:
@@ -229,6 +250,7 @@ def _read_response_format(value: object) -> StructuredOutputs | None:
     """Return what {"type": ...} asks for; None: for nothing. Schemas are always kept to."""
     if not isinstance(value, dict):
         raise RequestError(f"response_format is {value!r:.80}; it must be an object with a type")
+    value = _without_nulls(value)
     form = value.get("type")
     if form not in _FORMATS:
         raise RequestError(
@@ -243,6 +265,7 @@ def _read_response_format(value: object) -> StructuredOutputs | None:
     described = value.get("json_schema")
     if not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
         raise RequestError(f"{_SCHEMA} is {described!r:.80}; it must be an object with a schema")
+    described = _without_nulls(described)
     _refuse_others(_SCHEMA, described, ["name", "description", "schema", "strict"])
     for name, kind in (("name", str), ("description", str), ("strict", bool)):
         if not isinstance(described.get(name), kind | None):
@@ -253,8 +276,12 @@ def _read_response_format(value: object) -> StructuredOutputs | None:
     try:
         return StructuredOutputs(json=described["schema"])
     except RequestError as error:
-        message = str(error).replace("structured_outputs.json", f"{_SCHEMA}.schema")
+        message = str(error).replace(_OWN_SCHEMA, f"{_SCHEMA}.schema")
         raise RequestError(message) from error
+
+
+def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in value.items() if part is not None}
 
 
 def _refuse_others(where: str, value: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -264,6 +264,32 @@ def test_what_fails_before_its_first_token_is_a_plain_error(
     assert set(json.loads(one.text)["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "says", "field"),
+    [
+        ({"structured_outputs": {"json": {}}}, "structured_outputs.json: no text can satisfy it",
+         "structured_outputs"),
+        ({"response_format": {"type": "json_object"}}, "response_format: no text can satisfy it",
+         "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+         "response_format.json_schema.schema: no text can satisfy it", "response_format"),
+    ],
+)  # fmt: skip
+def test_what_the_engine_refuses_names_what_was_sent(
+    asked: dict[str, Any], says: str, field: str
+) -> None:
+    fault = "structured_outputs.json: no text can satisfy it"
+    app, _ = front(FakeModel(lambda r: Script(reply=(5,), error=fault, is_refused=True)))
+    one = exchange(app, COMPLETIONS, {"prompt": "a", **asked})
+    assert one.status == 400
+    error = json.loads(one.text)["error"]
+    assert (error["message"], error["param"], error["code"]) == (says, field, "invalid_value")
+    script = Script(reply=(5,), refusal=("request", "structured_outputs needs the package x"))
+    app, _ = front(FakeModel(lambda r: script))
+    error = json.loads(exchange(app, COMPLETIONS, {"prompt": "a", **asked}).text)["error"]
+    assert (error["message"].partition(" ")[0], error["param"]) == (field, field)
+
+
 def test_an_error_in_a_stream_is_its_last_event() -> None:
     finished: list[Finished] = []
     script = Script(reply=(500, 501), error="NaN in the logits", error_after=3)

@@ -91,6 +91,13 @@ def test_structured_outputs_in_either_form(url: str) -> None:
     assert asked(response_format={"type": "text"}) is None
     assert asked(response_format=None, structured_outputs=None) is None
     assert asked(response_format={"type": "json_object"}) == StructuredOutputs(json_object=True)
+    nothing = {"type": "json_object", "json_schema": None}
+    assert asked(response_format=nothing) == StructuredOutputs(json_object=True)
+    assert asked(response_format={"type": "text", "json_schema": None}) is None
+    sparse = {"type": "json_schema", "json_schema": {"schema": schema, "strict": None}}
+    assert asked(response_format=sparse) == StructuredOutputs(json=schema)
+    with_nulls = {"choice": ["a"], "json_object": None, "regex": None}
+    assert asked(structured_outputs=with_nulls) == StructuredOutputs(choice=["a"])
     described = {"type": "json_schema", "json_schema": named}
     assert asked(response_format=described) == StructuredOutputs(json=schema)
     for given in (
