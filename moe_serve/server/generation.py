@@ -21,6 +21,7 @@ from moe_serve.server.answers import ApiError, encoded, engine_fault, send_error
 from moe_serve.server.bodies import ChatBody, CompletionBody, parse_body
 from moe_serve.server.engine_client import Running, Unavailable
 from moe_serve.server.event_stream import EventStream
+from moe_serve.server.limits import Limits
 from moe_serve.server.messages import Refused
 from moe_serve.server.state import Finished, FrontState
 from moe_serve.text.openai_form import (
@@ -205,9 +206,12 @@ class Call:
             if state.client.welcome is not None:
                 state.client.check()  # who is asked for too much must not work to refuse it
             prepared = await self._prepared(data)
+            num_tokens = sum(len(one.request.prompt_ids) for one in prepared)
+            # all or none: what is begun and dropped has cost the engine for nothing
+            state.client.check(num_tokens, len(prepared))
             state.register(self.response_id, self)
             for one in prepared:
-                self.runnings.append(state.client.start(one, self._news))
+                self.runnings.append(state.client.start_checked(one, self._news))
         except Unavailable as error:
             raise _failure(error) from error
 
@@ -262,6 +266,7 @@ class Call:
             field = named_field(str(error), self.kind)
             raise ApiError(400, str(error), param=field, code="invalid_value") from error
         check_prompt_logprobs(prepared, asked, state.limits.prompt_logprobs)
+        check_num_prompts(prepared, state.limits)
         return prepared
 
     def _choose_id(self, body: Mapping[str, Any]) -> None:
@@ -423,6 +428,18 @@ def check_prompt_logprobs(
             param=name,
             code="invalid_value",
         )
+
+
+def check_num_prompts(prepared: Sequence[PreparedRequest], limits: Limits) -> None:
+    """Refuse a list of prompts that could not wait for its turn even where nobody else does."""
+    num_tokens = sum(len(one.request.prompt_ids) for one in prepared)
+    for count, what, most in (
+        (len(prepared), "prompts", limits.queue_requests),
+        (num_tokens, "tokens in its prompts", limits.queue_tokens),
+    ):
+        if len(prepared) > 1 and count > most:
+            message = f"prompt has {count} {what}; at most {most} may wait for their turn here"
+            raise ApiError(400, message, param="prompt", code="invalid_value")
 
 
 def check_content_type(scope: Scope) -> None:
