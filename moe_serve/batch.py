@@ -207,7 +207,7 @@ class _Job:
         line, custom_id, asked = self._served.pop(output.request_id)
         failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
         if failed is not None and failed.is_refused:
-            self._answer(line, custom_id, 400, error_object(str(failed.error)))
+            self._answer(line, custom_id, 400, error_object(asked.as_sent(str(failed.error))))
         elif failed is not None:
             self._answer(line, custom_id, 500, error_object(str(failed.error), "server_error"))
         else:

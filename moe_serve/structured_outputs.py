@@ -83,7 +83,7 @@ class StructuredOutputs:
 def read_structured_outputs(value: object) -> StructuredOutputs:
     """Return what a mapping of names to values asks for, or what was given if it is that already.
 
-    An unknown name is a RequestError that names the nearest one.
+    A value that is None was not given. An unknown name is a RequestError that names the nearest.
     """
     if isinstance(value, StructuredOutputs):
         return value
@@ -98,7 +98,7 @@ def read_structured_outputs(value: object) -> StructuredOutputs:
                 f"structured_outputs has {shown(name)}{nearest(str(name), _STRUCTURED_KINDS)} "
                 f"(there are: {', '.join(_STRUCTURED_KINDS)})"
             )
-    return StructuredOutputs(**value)
+    return StructuredOutputs(**{name: part for name, part in value.items() if part is not None})
 
 
 def _schema_text(value: object) -> str:

@@ -192,11 +192,14 @@ class EngineClient(asyncio.Protocol):
             raise Unavailable(f"the engine has ended: {self.ended}")
         return self.welcome
 
-    def check(self, num_tokens: int = 1) -> None:
-        """Raise Unavailable where a prompt of so many tokens could not be taken now."""
+    def check(self, num_tokens: int = 1, num_requests: int = 1) -> None:
+        """Raise Unavailable where so many requests could not be taken now.
+
+        num_tokens: of all their prompts.
+        """
         if self.state not in ("serving", "reforming") or self.silent_s > SILENT_AFTER_S:
             raise Unavailable(self.why_not_ready or "not ready", retry_after_s=5)
-        self._refuse_if_full(num_tokens)
+        self._refuse_if_full(num_tokens, num_requests)
 
     def start(self, prepared: PreparedRequest, news: asyncio.Event | None = None) -> Running:
         """Give the engine a request. Raises Unavailable where it cannot take it now.
@@ -204,8 +207,14 @@ class EngineClient(asyncio.Protocol):
         news: set whenever something came, for who waits for several; see `Running`. While a lost
         world is formed anew, requests wait for it as for their turn.
         """
+        self.check(len(prepared.request.prompt_ids))
+        return self.start_checked(prepared, news)
+
+    def start_checked(
+        self, prepared: PreparedRequest, news: asyncio.Event | None = None
+    ) -> Running:
+        """Give the engine one of the requests that `check` has just let in, as `start` does."""
         request = prepared.request
-        self.check(len(request.prompt_ids))
         self._num_started += 1
         request_id = f"{request.request_id}-{self._num_started}"
         state = RequestState(request, prepared.prompt, self._tokenizer)
@@ -398,17 +407,19 @@ class EngineClient(asyncio.Protocol):
         self._queue.leave(running.request_id)
         self._running.pop(running.request_id, None)
 
-    def _refuse_if_full(self, num_tokens: int) -> None:
+    def _refuse_if_full(self, num_tokens: int, num_requests: int) -> None:
         limits = self._limits
         wait_s = self._queue.guess_s()
-        if self.num_queued >= limits.queue_requests:
+        if self.num_queued + num_requests > limits.queue_requests:
             why = (
                 f"{self.num_queued} requests wait for their first token, and "
                 f"{limits.queue_requests} may"
             )
+            if num_requests > 1:
+                why += f"; here are {num_requests} more"
         elif self.num_queued and self.queued_tokens + num_tokens > limits.queue_tokens:
             why = (
-                f"prompts of {self.queued_tokens} tokens wait, and with this one's {num_tokens} "
+                f"prompts of {self.queued_tokens} tokens wait, and with these {num_tokens} "
                 f"they would be more than {limits.queue_tokens}"
             )
         elif self._max_queue_wait_s is not None and wait_s > self._max_queue_wait_s:

@@ -7,6 +7,7 @@ and the next chunk has them all. Of a chunk only its text is encoded; the rest i
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,13 +17,10 @@ from starlette.types import Send
 from moe_serve.server.answers import ApiError, encoded
 from moe_serve.server.engine_client import Running
 from moe_serve.server.state import FrontState
-from moe_serve.text.openai_form import BodyRequest, prompt_text
-from moe_serve.text.openai_logprobs import (
-    CompletionLogprobs,
-    TokenNames,
-    chat_logprobs,
-)
+from moe_serve.text.openai_form import BodyRequest, ToldPrompt, told_prompt
+from moe_serve.text.openai_logprobs import CompletionLogprobs, TokenNames, chat_logprobs
 from moe_serve.text.request_output import OutputState, RequestState
+from moe_serve.types import RequestOutput
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -31,6 +29,8 @@ HEADERS = [
 ]
 _DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
+# of a prompt's tokens and their logprobs, to write so many about 3 ms
+_INLINE_TOLD = 2048
 
 
 class Streamed(Protocol):
@@ -64,6 +64,7 @@ class EventStream:
         self._is_ping_due = False
         self._sent_s = time.monotonic()
         self._ping: asyncio.TimerHandle | None = None
+        self._prompts: list[_Prompt] = []
         self._choices: list[_Choice] = []
         self._is_first = True
         head: dict[str, Any] = {
@@ -84,14 +85,20 @@ class EventStream:
         call, state = self._call, self._call.state
         for running in call.runnings:
             first = len(self._choices)
+            prompt = _Prompt(running.state, self._asked, state.names)
+            self._prompts.append(prompt)
             self._choices += [
-                _Choice(first + output.index, output, running.state, self._asked, state.names)
+                _Choice(first + output.index, output, prompt, self._asked, state.names)
                 for output in running.state.outputs
             ]
         self._set_ping(state.ping_s)
         try:
             while True:
                 await call.changed()
+                for prompt in self._prompts:
+                    if prompt.is_large and prompt.is_due:
+                        loop, output = asyncio.get_running_loop(), prompt.output()
+                        await loop.run_in_executor(state.pool, prompt.make, output)
                 fault = call.fault
                 if fault is not None:
                     return await self.end_with(fault)
@@ -167,19 +174,71 @@ class EventStream:
         return b'%s],"usage":%s,"seed":%d}\n\n%s' % (self._head, usage, self._call.seed, _DONE)
 
 
+class _Prompt:
+    """What the first chunks of all choices of one prompt tell of it, written once.
+
+    is_large: to write it takes so long that it is for a thread.
+    """
+
+    def __init__(self, state: RequestState, asked: BodyRequest, names: TokenNames) -> None:
+        self._state = state
+        self._asked = asked
+        self._names = names
+        self._told: ToldPrompt | None = None
+        self._rest = b""
+        has_ids = asked.kind == "completion" and (asked.echo or asked.has_token_ids)
+        num_top = 1 + (asked.sampling.prompt_logprobs or 0)
+        self.is_large = has_ids and num_top * len(state.request.prompt_ids) > _INLINE_TOLD
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether its logprobs, which come with the first choice, are still to come."""
+        is_asked = self._asked.sampling.prompt_logprobs is not None
+        return is_asked and self._state.prompt_logprobs is None and not self._state.is_finished
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it can be written, was not, and a choice that tells it has something to say."""
+        has_news = any(
+            output.token_ids or output.finish_reason is not None for output in self._state.outputs
+        )
+        return self._told is None and has_news and not self.is_awaited
+
+    def output(self) -> RequestOutput:
+        """Return what `make` needs. For the event loop's thread."""
+        return self._state.output()
+
+    def make(self, output: RequestOutput) -> None:
+        """Write what is told. For any thread: of a long prompt it takes time."""
+        told = told_prompt(output, self._asked, self._names)
+        found: dict[str, Any] = {"text": told.text, "logprobs": told.logprobs}
+        found |= {"finish_reason": None, **told.fields}
+        if self._asked.has_token_ids:
+            found["token_ids"] = []
+        self._rest = encoded(found)[1:]
+        self._told = told
+
+    def opening(self, index: int) -> tuple[bytes, CompletionLogprobs | None]:
+        """Return the first chunk of choice `index`, and what writes the logprobs behind it."""
+        if self._told is None:
+            self.make(self.output())
+        assert self._told is not None
+        return b'{"index":%d,%s' % (index, self._rest), copy.copy(self._told.writer)
+
+
 class _Choice:
     """What was sent of one choice."""
 
     __slots__ = (
-        "_asked", "_ends", "_index", "_names", "_num_chars", "_num_tokens", "_output", "_start",
-        "_state", "_text_start", "_writer", "is_over",
+        "_asked", "_ends", "_index", "_names", "_num_chars", "_num_tokens", "_output", "_prompt",
+        "_start", "_text_start", "_writer", "is_over",
     )  # fmt: skip
 
     def __init__(
         self,
         index: int,
         output: OutputState,
-        state: RequestState,
+        prompt: _Prompt,
         asked: BodyRequest,
         names: TokenNames,
     ) -> None:
@@ -188,7 +247,7 @@ class _Choice:
         self._index = index
         self._names = names
         self._output = output
-        self._state = state
+        self._prompt = prompt
         self._num_chars = 0
         self._num_tokens = 0
         # what must come first: a chat's role, or the echo of a prompt
@@ -214,7 +273,7 @@ class _Choice:
             return ()
         found = []
         if self._start:
-            if self._awaits_prompt:
+            if self._prompt.is_awaited:
                 return ()
             self._start = False
             found.append(self._opening())
@@ -226,12 +285,6 @@ class _Choice:
             self._num_tokens = num_tokens
             self.is_over = reason is not None
         return found
-
-    @property
-    def _awaits_prompt(self) -> bool:
-        """Whether the prompt's logprobs, which come with the first choice, are still to come."""
-        is_asked = self._asked.sampling.prompt_logprobs is not None
-        return is_asked and self._state.prompt_logprobs is None and not self._state.is_finished
 
     def _chunk(self, text: str, reason: str | None) -> bytes:
         sampling, output = self._asked.sampling, self._output
@@ -262,15 +315,5 @@ class _Choice:
             return encoded(
                 {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}
             )
-        request = self._state.output()
-        found: dict[str, Any] = {"index": self._index, "text": "", "logprobs": None}
-        found["finish_reason"] = None
-        if self._asked.has_token_ids:
-            found |= {"prompt_token_ids": request.prompt_token_ids, "token_ids": []}
-        if self._asked.echo:
-            found["text"] = prompt_text(request, self._names)
-            if self._writer is not None and request.prompt_logprobs is not None:
-                found["logprobs"] = self._writer.of_prompt(
-                    request.prompt_token_ids, request.prompt_logprobs
-                )
-        return encoded(found)
+        data, self._writer = self._prompt.opening(self._index)
+        return data

@@ -11,16 +11,24 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
 from moe_serve.errors import RequestError
-from moe_serve.server.answers import ApiError, encoded, engine_fault, send_error, send_json
+from moe_serve.server.answers import (
+    ApiError,
+    encoded,
+    engine_fault,
+    send_error,
+    send_json,
+    without_folders,
+)
 from moe_serve.server.bodies import ChatBody, CompletionBody, parse_body
 from moe_serve.server.engine_client import Running, Unavailable
 from moe_serve.server.event_stream import EventStream
+from moe_serve.server.limits import Limits
 from moe_serve.server.messages import Refused
 from moe_serve.server.state import Finished, FrontState
 from moe_serve.text.openai_form import (
@@ -38,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 # To hand work to a thread takes about 0.06 ms, to tokenise so much text about 0.4 ms.
 INLINE_BYTES = 2048
+# of tokens and logprobs, to write an answer of so many about 3 ms
+_INLINE_TOLD = 2048
 # what a double holds exactly: a program in JavaScript can send it back
 SEED_LIMIT = 2**53
 _URL_OF_KIND = {kind: url for url, kind in KIND_OF_URL.items()}
@@ -150,24 +160,25 @@ class Call:
     def fault(self) -> ApiError | None:
         """Why there can be no answer, or no more of it; None while there can."""
         if self.is_late and not self.is_over:
-            limit_s = self.state.limits.request_s
-            return ApiError(
-                504,
-                f"the request took more than {limit_s:g} s",
-                code="request_timeout",
-                retry_after_s=1,
-            )
+            return self._lateness()
         for running in self.runnings:
             if running.failure is not None:
-                return _failure(running.failure)
+                failure = running.failure
+                if isinstance(failure, Refused) and failure.kind != "engine":
+                    return self._refused(failure.message)
+                return _failure(failure)
             for output in running.state.outputs:
                 if output.finish_reason == "error":
-                    is_refused = getattr(output, "is_refused", False)
                     message = output.error or "the engine could not go on with it"
-                    if is_refused:
-                        return ApiError(400, message, code="engine_error")
-                    return engine_fault(message)
+                    return self._refused(message) if output.is_refused else engine_fault(message)
         return None
+
+    def _refused(self, message: str) -> ApiError:
+        """Return the answer to what the engine refuses: the request's own fault."""
+        assert self.asked is not None
+        message = without_folders(self.asked.as_sent(message))
+        field = named_field(message, self.kind)
+        return ApiError(400, message, param=field, code="invalid_value")
 
     def wake(self) -> None:
         """Make `changed` return."""
@@ -194,19 +205,38 @@ class Call:
         state = self.state
         check_content_type(self._scope)
         data = await read_all(receive, state.limits.body_bytes)
-        try:
-            if state.client.welcome is not None:
-                state.client.check()  # who is asked for too much must not work to refuse it
-            prepared = await in_thread(state, self._prepare, data)
-            state.register(self.response_id, self)
-            for one in prepared:
-                self.runnings.append(state.client.start(one, self._news))
-        except Unavailable as error:
-            raise _failure(error) from error
         loop = asyncio.get_running_loop()
         self._watcher = loop.create_task(self._watch(receive))
         spent_s = time.monotonic() - self.begun_s
         self._timer = loop.call_later(max(0.0, state.limits.request_s - spent_s), self._end_time)
+        try:
+            if state.client.welcome is not None:
+                state.client.check()  # who is asked for too much must not work to refuse it
+            prepared = await self._prepared(data)
+            num_tokens = sum(len(one.request.prompt_ids) for one in prepared)
+            # all or none: what is begun and dropped has cost the engine for nothing
+            state.client.check(num_tokens, len(prepared))
+            state.register(self.response_id, self)
+            for one in prepared:
+                self.runnings.append(state.client.start_checked(one, self._news))
+        except Unavailable as error:
+            raise _failure(error) from error
+
+    async def _prepared(self, data: bytes) -> list[PreparedRequest]:
+        """Make the engine's requests of a body. Raises ClientGone, and ApiError 504 when late."""
+        # a template is a program of strangers, that may take its time: never here
+        if self.kind == "completion" and len(data) <= INLINE_BYTES:
+            return self._prepare(data)
+        work = asyncio.ensure_future(in_thread(self.state, self._prepare, data))
+        work.add_done_callback(self._worked)
+        try:
+            while not work.done():
+                await self.changed()
+                if self.is_late:
+                    raise self._lateness()
+        finally:
+            work.cancel()
+        return work.result()
 
     def _prepare(self, data: bytes) -> list[PreparedRequest]:
         """Make the engine's requests of a body. For any thread: it takes time."""
@@ -228,7 +258,7 @@ class Call:
             self.asked = asked
             given = asked.sampling.seed
             self.seed = secrets.randbelow(SEED_LIMIT) if given is None else given
-            return [
+            prepared = [
                 maker.make(
                     prompt,
                     asked.sampling,
@@ -242,6 +272,9 @@ class Call:
         except RequestError as error:
             field = named_field(str(error), self.kind)
             raise ApiError(400, str(error), param=field, code="invalid_value") from error
+        check_prompt_logprobs(prepared, asked, state.limits.prompt_logprobs)
+        check_num_prompts(prepared, state.limits)
+        return prepared
 
     def _choose_id(self, body: Mapping[str, Any]) -> None:
         wanted = body.get("request_id") or _header(self._scope, b"x-request-id")
@@ -250,6 +283,15 @@ class Call:
         prefix = "cmpl" if self.kind == "completion" else "chatcmpl"
         self.response_id = f"{prefix}-{wanted}"
 
+    def _worked(self, work: asyncio.Future[Any]) -> None:
+        if not work.cancelled():
+            work.exception()  # asyncio logs what nobody has looked at
+        self.wake()
+
+    def _lateness(self) -> ApiError:
+        message = f"the request took more than {self.state.limits.request_s:g} s"
+        return ApiError(504, message, code="request_timeout", retry_after_s=1)
+
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -257,8 +299,13 @@ class Call:
         self.wake()
 
     def _end_time(self) -> None:
+        """Let the request end with an error; if its client does not take that in time, cut it."""
         self.is_late = True
         self.wake()
+        cut = self._scope.get("state", {}).get("cut_connection")
+        if cut is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self.state.limits.write_s, cut)
 
     async def _whole_answer(self) -> bytes:
         """Wait for all outputs; return the answer's object."""
@@ -269,6 +316,25 @@ class Call:
         fault = fault or self.fault
         if fault is not None:
             raise fault
+        if self._num_told() <= _INLINE_TOLD:
+            return self._answer()
+        return await asyncio.get_running_loop().run_in_executor(self.state.pool, self._answer)
+
+    def _num_told(self) -> int:
+        """Return about how many tokens and logprobs the answer has: what it takes to write it."""
+        assert self.asked is not None
+        sampling = self.asked.sampling
+        num_top = 1 + (sampling.logprobs or 0)
+        num_told = num_top * sum(
+            len(output.token_ids) for running in self.runnings for output in running.state.outputs
+        )
+        if self.asked.echo or self.asked.has_token_ids or sampling.prompt_logprobs is not None:
+            num_ids = sum(len(running.state.request.prompt_ids) for running in self.runnings)
+            num_told += sampling.n * num_ids * (1 + (sampling.prompt_logprobs or 0))
+        return num_told
+
+    def _answer(self) -> bytes:
+        """Return the answer's object. For any thread: it takes time."""
         assert self.asked is not None
         found = response_object(
             [running.state.output() for running in self.runnings],
@@ -306,19 +372,18 @@ def _failure(failure: Refused | Unavailable) -> ApiError:
         return ApiError(
             failure.status, str(failure), code="unavailable", retry_after_s=failure.retry_after_s
         )
-    if failure.kind == "engine":
-        return engine_fault(failure.message)
-    return ApiError(400, failure.message, code="invalid_value")
+    return engine_fault(failure.message)
 
 
 async def in_thread(state: FrontState, work: Callable[[bytes], Result], data: bytes) -> Result:
-    """Do what takes time with a body: here where it is small, else in a thread.
+    """Do what takes time with a body in a thread, when it is its turn.
 
-    Templates of chats are programs of strangers, that may take their time: never here.
+    Cancelled before, it holds the body no more; a thread that has begun goes on by itself.
     """
-    if len(data) <= INLINE_BYTES and b'"messages"' not in data:
-        return work(data)
-    return await asyncio.get_running_loop().run_in_executor(state.pool, work, data)
+    await state.turns.acquire()
+    done = asyncio.get_running_loop().run_in_executor(state.pool, work, data)
+    done.add_done_callback(lambda done: state.turns.release())
+    return await asyncio.shield(done)
 
 
 async def read_all(receive: Receive, most_bytes: int) -> bytes:
@@ -350,6 +415,38 @@ def check_model(body: Mapping[str, Any], model: str) -> None:
             param="model",
             code="model_not_found",
         )
+
+
+def check_prompt_logprobs(
+    prepared: Sequence[PreparedRequest], asked: BodyRequest, most: int
+) -> None:
+    """Refuse to tell more logprobs of prompts than `most`: each choice of an answer has them."""
+    num_top = asked.sampling.prompt_logprobs
+    if num_top is None:
+        return
+    num_ids = sum(len(one.request.prompt_ids) for one in prepared)
+    num_told = asked.sampling.n * num_ids * (num_top + 1)
+    if num_told > most:
+        name = "logprobs" if asked.num_prompt_logprobs is None else "prompt_logprobs"
+        raise ApiError(
+            400,
+            f"{name}: the answer would tell {num_told} logprobs of prompts (n times {num_ids} "
+            f"tokens times {num_top + 1}); at most {most} are told",
+            param=name,
+            code="invalid_value",
+        )
+
+
+def check_num_prompts(prepared: Sequence[PreparedRequest], limits: Limits) -> None:
+    """Refuse a list of prompts that could not wait for its turn even where nobody else does."""
+    num_tokens = sum(len(one.request.prompt_ids) for one in prepared)
+    for count, what, most in (
+        (len(prepared), "prompts", limits.queue_requests),
+        (num_tokens, "tokens in its prompts", limits.queue_tokens),
+    ):
+        if len(prepared) > 1 and count > most:
+            message = f"prompt has {count} {what}; at most {most} may wait for their turn here"
+            raise ApiError(400, message, param="prompt", code="invalid_value")
 
 
 def check_content_type(scope: Scope) -> None:

@@ -38,7 +38,10 @@ Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """access: whether a key is needed, where there are keys. generates: it counts for limits."""
+    """access: whether a key is needed, where there are keys.
+
+    generates: it takes time or memory for texts, and counts for limits.
+    """
 
     access: Literal["open", "key"] = "key"
     generates: bool = False
@@ -65,8 +68,8 @@ ROUTES: Mapping[str, Route] = {
     "/v1/models": Route(),
     "/v1/models/{model:path}": Route(),
     "/v1/abort": Route(),
-    "/tokenize": Route(),
-    "/detokenize": Route(),
+    "/tokenize": Route(generates=True),
+    "/detokenize": Route(generates=True),
     "/v1/completions": Route(generates=True),
     "/v1/chat/completions": Route(generates=True),
 }
@@ -93,6 +96,15 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
+
+
+def own_names(host: str) -> tuple[str, ...]:
+    """Return what a listener on `host` is called by it: () where that means all addresses."""
+    name = host.strip("[]").lower()
+    try:
+        return () if ipaddress.ip_address(name).is_unspecified else (name,)
+    except ValueError:
+        return (name,)
 
 
 def check_binding(host: str, keys: Sequence[str]) -> None:
@@ -178,9 +190,10 @@ class Guard:
     """An ASGI application: `app`, for those who may ask.
 
     listens_on: the listener's address. keys: () for a server that asks for none. allowed_hosts:
-    names in lower case that Host may have; with none, a loopback listener is asked by loopback
-    names only, so that a web page cannot reach it by a name of its own, and others by any.
-    max_per_key: generating requests of one key at once (all without keys together), or None.
+    names in lower case that Host may have, beside the listener's; with none, a loopback listener is
+    asked by loopback names only, so that a web page cannot reach it by a name of its own, and
+    others by any. max_per_key: generating requests of one key at once (all without keys together),
+    or None.
 
     Requests find in scope["state"]: "request_id", and "key_id" (16 hex digits, or None where no key
     is asked for). refused: how many were refused here, by status.
@@ -206,7 +219,8 @@ class Guard:
         self._keys = Keys(keys)
         self._names: frozenset[str] | None = None
         if allowed_hosts or is_loopback(listens_on):
-            self._names = _LOOPBACK_NAMES.union(name.strip("[]") for name in allowed_hosts)
+            own = own_names(listens_on)
+            self._names = _LOOPBACK_NAMES.union(own, (name.strip("[]") for name in allowed_hosts))
         self._max_per_key = max_per_key
         self._routes = routes
         self._of_key: Counter[str | None] = Counter()
@@ -392,9 +406,11 @@ class _Exchange:
 
     def _with_ours(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         result = list(headers)
-        if not any(name == b"cache-control" for name, _ in result):
+        named = {name for name, _ in result}
+        if b"cache-control" not in named:
             result.append(_NO_STORE)
-        result.append((b"x-request-id", self.request_id.encode("ascii")))
+        if b"x-request-id" not in named:
+            result.append((b"x-request-id", self.request_id.encode("ascii")))
         return result
 
 

@@ -24,7 +24,8 @@ class Limits:
     Of the server: requests for tokens at once; queue_requests that wait for their first token, and
     queue_tokens of their prompts; request_s for a whole request.
     Of one request: the others; prompt_ids of one prompt, parts of one message's content, variables
-    of a chat template, and json_parts (names, objects, lists) of a whole body. error_bytes: of any
+    of a chat template, json_parts (names, objects, lists) of a whole body, and prompt_logprobs told
+    in its answer, with every choice anew. error_bytes: of any
     answer that is an error.
     """
 
@@ -53,6 +54,7 @@ class Limits:
     stop: int = 16
     stop_chars: int = 256
     logprobs: int = 20
+    prompt_logprobs: int = 2**19
     logit_bias: int = 1024
     bad_words: int = 128
     stop_token_ids: int = 128

@@ -5,7 +5,8 @@ Who may ask, and how large and slow a request may be, is for the layers around i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from moe_serve.server.bodies import (
 )
 from moe_serve.server.document import document
 from moe_serve.server.generation import (
+    INLINE_BYTES,
     ClientGone,
     TextEndpoint,
     check_content_type,
@@ -41,6 +43,7 @@ from moe_serve.text.openai_form import named_field
 from moe_serve.text.prompts import RequestMaker
 
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
+Result = TypeVar("Result")
 Answer = dict[str, Any]
 _RETRY_AFTER_S = 5
 
@@ -92,12 +95,15 @@ class _App(FastAPI):
 
 
 def _routes(state: FrontState, described: bytes) -> list[BaseRoute]:
+    tokenize = BodyEndpoint(state, TokenizeBody, _tokenize, takes_time=True)
+    detokenize = BodyEndpoint(state, DetokenizeBody, _detokenize, takes_time=True)
+    abort = BodyEndpoint(state, AbortBody, _abort, takes_time=False)
     routes: list[BaseRoute] = [
         Route("/v1/completions", TextEndpoint(state, "completion"), methods=["POST"]),
         Route("/v1/chat/completions", TextEndpoint(state, "chat"), methods=["POST"]),
-        Route("/tokenize", BodyEndpoint(state, TokenizeBody, _tokenize), methods=["POST"]),
-        Route("/detokenize", BodyEndpoint(state, DetokenizeBody, _detokenize), methods=["POST"]),
-        Route("/v1/abort", BodyEndpoint(state, AbortBody, _abort), methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/v1/abort", abort, methods=["POST"]),
     ]
     watching = Watching(state, described)
     for path, handler in {
@@ -116,24 +122,34 @@ def _routes(state: FrontState, described: bytes) -> list[BaseRoute]:
 
 
 class BodyEndpoint:
-    """A route of one body and one answer, both JSON."""
+    """A route of one body and one answer, both JSON.
+
+    takes_time: `answer` may, and is for a thread where a body is large or has a template rendered.
+    Else it is for the event loop's.
+    """
 
     def __init__(
         self,
         state: FrontState,
         model: type[BodyModel],
         answer: Callable[[FrontState, BodyModel, str], Answer],
+        *,
+        takes_time: bool,
     ) -> None:
         self._state = state
         self._model: type[BaseModel] = model
         self._answer: Callable[[FrontState, Any, str], Answer] = answer
+        self._takes_time = takes_time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = self._state
         key_id: str = scope.get("state", {}).get("key_id") or ""
+        limit_s = state.limits.request_s
 
-        def work(data: bytes) -> bytes:
-            body = parse_body(data, self._model, state.limits)
+        def read(data: bytes) -> BaseModel:
+            return parse_body(data, self._model, state.limits)
+
+        def work(body: BaseModel) -> bytes:
             try:
                 return encoded(self._answer(state, body, key_id))
             except RequestError as error:
@@ -144,13 +160,45 @@ class BodyEndpoint:
         try:
             check_content_type(scope)
             data = await read_all(receive, state.limits.body_bytes)
-            answer = await in_thread(state, work, data)
+            # a name may be written with backslashes, so that it is not seen here
+            is_plain = b'"messages"' not in data and b"\\" not in data
+            if len(data) <= INLINE_BYTES and (is_plain or not self._takes_time):
+                answer = work(read(data))
+            elif self._takes_time:
+                working = in_thread(state, lambda data: work(read(data)), data)
+                answer = await _while_waited_for(working, receive, limit_s)
+            else:
+                reading = in_thread(state, read, data)
+                answer = work(await _while_waited_for(reading, receive, limit_s))
         except ApiError as error:
             await send_error(send, error)
         except ClientGone:
             return
         else:
             await send_json(send, 200, answer)
+
+
+async def _while_waited_for(
+    work: Coroutine[Any, Any, Result], receive: Receive, limit_s: float
+) -> Result:
+    """Return what comes of work. Raises ClientGone, and ApiError 504 after limit_s seconds."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = working, watching = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        if watching.done():
+            raise ClientGone
+        message = f"the request took more than {limit_s:g} s"
+        raise ApiError(504, message, code="request_timeout", retry_after_s=1)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _param(message: str, body: BaseModel) -> str | None:

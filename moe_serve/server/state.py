@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -75,6 +76,8 @@ class FrontState:
         self.defaults = self.texts.default_sampling_params()
         self.names = TokenNames(self.texts.tokenizer)
         self.pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="texts")
+        # who waits for a thread does so here, where it can be ended, and holds no place in a queue
+        self.turns = asyncio.Semaphore(TEXT_THREADS)
         self._maker: RequestMaker | None = None
 
     @property

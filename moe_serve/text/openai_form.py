@@ -5,6 +5,7 @@ What a body asks for and this system does not do is an error that names it, neve
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -57,6 +58,8 @@ FLAGS = (
 )  # fmt: skip
 _FORMATS = ("text", "json_object", "json_schema")
 _SCHEMA = "response_format.json_schema"
+# where an engine's errors say that a schema is
+_OWN_SCHEMA = "structured_outputs.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class BodyRequest:
 
     echo: the prompt's text before each output's. num_prompt_logprobs: how many likely tokens to
     tell for each of the prompt's, None for no such list; an echo's are `sampling.logprobs`.
+    schema_field: where the body has the schema of the text, if it has one.
     """
 
     kind: Kind
@@ -78,10 +82,20 @@ class BodyRequest:
     has_usage_chunk: bool = False
     has_usage_always: bool = False
     request_id: str | None = None
+    schema_field: str = _OWN_SCHEMA
 
     @property
     def prompt(self) -> Prompt:
         return self.prompts[0]
+
+    def as_sent(self, message: str) -> str:
+        """Return an engine's error so that it names the field of the body that it is about."""
+        if self.schema_field == _OWN_SCHEMA:
+            return message
+        if message.startswith(f"{_OWN_SCHEMA}:"):
+            return self.schema_field + message.removeprefix(_OWN_SCHEMA)
+        found = message.removeprefix("structured_outputs ")
+        return message if found == message else f"response_format {found}"
 
 
 def read_body(
@@ -106,7 +120,7 @@ def read_body(
             f"(there are: {', '.join(KIND_OF_URL)})"
         )
     kind = KIND_OF_URL[url]
-    given = {name: value for name, value in body.items() if value is not None}
+    given = _without_nulls(body)
     _check_known(kind, given, is_served)
     sampling = _read_sampling(kind, given, defaults)
     has_usage_chunk, has_usage_always = _read_stream_options(given)
@@ -122,7 +136,15 @@ def read_body(
         has_usage_chunk=has_usage_chunk,
         has_usage_always=has_usage_always,
         request_id=given.get("request_id"),
+        schema_field=_schema_field(given.get("response_format")),
     )
+
+
+def _schema_field(response_format: Mapping[str, Any] | None) -> str:
+    if response_format is None or response_format["type"] == "text":
+        return _OWN_SCHEMA
+    is_object = response_format["type"] == "json_object"
+    return "response_format" if is_object else f"{_SCHEMA}.schema"
 
 
 def named_field(message: str, kind: Kind) -> str | None:
@@ -228,6 +250,7 @@ def _read_response_format(value: object) -> StructuredOutputs | None:
     """Return what {"type": ...} asks for; None: for nothing. Schemas are always kept to."""
     if not isinstance(value, dict):
         raise RequestError(f"response_format is {value!r:.80}; it must be an object with a type")
+    value = _without_nulls(value)
     form = value.get("type")
     if form not in _FORMATS:
         raise RequestError(
@@ -242,6 +265,7 @@ def _read_response_format(value: object) -> StructuredOutputs | None:
     described = value.get("json_schema")
     if not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
         raise RequestError(f"{_SCHEMA} is {described!r:.80}; it must be an object with a schema")
+    described = _without_nulls(described)
     _refuse_others(_SCHEMA, described, ["name", "description", "schema", "strict"])
     for name, kind in (("name", str), ("description", str), ("strict", bool)):
         if not isinstance(described.get(name), kind | None):
@@ -252,8 +276,12 @@ def _read_response_format(value: object) -> StructuredOutputs | None:
     try:
         return StructuredOutputs(json=described["schema"])
     except RequestError as error:
-        message = str(error).replace("structured_outputs.json", f"{_SCHEMA}.schema")
+        message = str(error).replace(_OWN_SCHEMA, f"{_SCHEMA}.schema")
         raise RequestError(message) from error
+
+
+def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in value.items() if part is not None}
 
 
 def _refuse_others(where: str, value: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -337,7 +365,8 @@ def response_object(
     """
     choices: list[dict[str, Any]] = []
     for output in outputs:
-        choices += [_choice(output, one, asked, len(choices), names) for one in output.outputs]
+        told = told_prompt(output, asked, names)
+        choices += [_choice(told, one, asked, len(choices), names) for one in output.outputs]
     found: dict[str, Any] = {
         "id": response_id,
         "object": "text_completion" if asked.kind == "completion" else "chat.completion",
@@ -352,6 +381,36 @@ def response_object(
     if asked.kind == "chat":
         found.update(_prompt_fields(outputs[0], asked, names))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class ToldPrompt:
+    """What the choices of one prompt have in common: made once, and written to by none of them.
+
+    text: before each choice's own, "" without echo. fields: beside a choice's own. logprobs: the
+    echo's lists, or None. writer: of a completion's logprobs, behind the echo; each choice needs a
+    copy of it. None where there are no logprobs.
+    """
+
+    text: str
+    fields: Mapping[str, Any]
+    logprobs: dict[str, list[Any]] | None
+    writer: CompletionLogprobs | None
+
+
+def told_prompt(output: RequestOutput, asked: BodyRequest, names: TokenNames) -> ToldPrompt:
+    """Return what is told of a prompt with each of its choices; of a chat nothing is."""
+    if asked.kind == "chat":
+        return ToldPrompt("", {}, None, None)
+    sampling = asked.sampling
+    writer = echoed = None
+    if sampling.logprobs is not None:
+        skips = sampling.skip_special_tokens
+        writer = CompletionLogprobs(names, sampling.logprobs, skips_special=skips)
+        if asked.echo and output.prompt_logprobs is not None:
+            echoed = writer.of_prompt(output.prompt_token_ids, output.prompt_logprobs)
+    text = prompt_text(output, names) if asked.echo else ""
+    return ToldPrompt(text, _prompt_fields(output, asked, names), echoed, writer)
 
 
 def usage_object(num_prompt: int, num_output: int) -> dict[str, Any]:
@@ -380,7 +439,7 @@ def error_object(
 
 
 def _choice(
-    output: RequestOutput, one: CompletionOutput, asked: BodyRequest, first: int, names: TokenNames
+    prompt: ToldPrompt, one: CompletionOutput, asked: BodyRequest, first: int, names: TokenNames
 ) -> dict[str, Any]:
     """Return one choice. first: how many choices the prompts before this one have."""
     end: dict[str, Any] = {"index": first + one.index, "finish_reason": one.finish_reason}
@@ -390,28 +449,16 @@ def _choice(
         end["routed_experts"] = one.routed_experts.array().tolist()
     num_top = asked.sampling.logprobs
     if asked.kind == "completion":
-        text = prompt_text(output, names) + one.text if asked.echo else one.text
-        told = None if num_top is None else _completion_logprobs(output, one, asked, names)
-        own = _prompt_fields(output, asked, names)
-        return {"text": text, "logprobs": told, **end, **own}
+        told = None
+        if prompt.writer is not None:
+            own = copy.copy(prompt.writer).of_output(one.logprobs or ())
+            told = own if prompt.logprobs is None else joined([prompt.logprobs, own])
+        return {"text": prompt.text + one.text, "logprobs": told, **end, **prompt.fields}
     content = None
     if one.logprobs is not None:
         content = {"content": chat_logprobs(one.logprobs, names, num_top or 0), "refusal": None}
     message = {"role": "assistant", "content": one.text, "refusal": None}
     return {"message": message, "logprobs": content, **end}
-
-
-def _completion_logprobs(
-    output: RequestOutput, one: CompletionOutput, asked: BodyRequest, names: TokenNames
-) -> dict[str, Any]:
-    sampling = asked.sampling
-    writer = CompletionLogprobs(
-        names, sampling.logprobs or 0, skips_special=sampling.skip_special_tokens
-    )
-    parts = []
-    if asked.echo and output.prompt_logprobs is not None:
-        parts.append(writer.of_prompt(output.prompt_token_ids, output.prompt_logprobs))
-    return joined([*parts, writer.of_output(one.logprobs or ())])
 
 
 def _prompt_fields(output: RequestOutput, asked: BodyRequest, names: TokenNames) -> dict[str, Any]:

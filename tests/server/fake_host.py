@@ -53,7 +53,8 @@ class Script:
     """What happens to one request.
 
     reply: its tokens, over again until max_tokens. first_s: before its first step; step_s: before
-    each. refusal: it is not taken. error: its outputs end so after `error_after` tokens.
+    each. refusal: it is not taken. error: its outputs end so after `error_after` tokens;
+    is_refused: it is the request's own fault.
     is_frozen: nothing comes. num_cached: prompt tokens said to have been in the cache.
     tokens_per_step: of each output. is_aligned: steps are at whole multiples of step_s, so that all
     requests have theirs together, as an engine's batch has.
@@ -65,6 +66,7 @@ class Script:
     refusal: tuple[ErrorKind, str] | None = None
     error: str | None = None
     error_after: int = 0
+    is_refused: bool = False
     is_frozen: bool = False
     num_cached: int = 0
     tokens_per_step: int = 1
@@ -110,9 +112,9 @@ class FakeModel:
         for index in range(sampling.n):
             count = min(script.tokens_per_step, most - start)
             if script.error is not None and start >= script.error_after:
-                found.append(
-                    StepOutput(request.request_id, index, (), (), "error", error=script.error)
-                )
+                ended = StepOutput(request.request_id, index, (), (), "error", error=script.error,
+                                   is_refused=script.is_refused)  # fmt: skip
+                found.append(ended)
                 continue
             reply = script.reply
             ids = tuple(reply[(index + start + i) % len(reply)] for i in range(count))

@@ -391,6 +391,25 @@ def test_allowed_hosts_are_all_that_is_allowed() -> None:
             assert s.ask("GET", "/health", b"", f"Host: {host}")[0] == 400
 
 
+@pytest.mark.parametrize(
+    ("listens_on", "allowed", "host", "status"),
+    [
+        ("127.0.0.2", (), "127.0.0.2", 200),
+        ("127.0.0.2", (), "127.0.0.3", 400),
+        ("192.0.2.7", ("api.example",), "192.0.2.7", 200),
+        ("Inner.Example", ("api.example",), "inner.example:80", 200),
+        ("[2001:db8::A]", ("api.example",), "[2001:db8::a]", 200),
+        ("0.0.0.0", ("api.example",), "0.0.0.0", 400),
+        ("::", ("api.example",), "[::]", 400),
+    ],
+)
+def test_a_server_is_known_by_the_address_it_listens_on(
+    listens_on: str, allowed: tuple[str, ...], host: str, status: int
+) -> None:
+    with Served(keys=(KEY,), listens_on=listens_on, allowed_hosts=allowed) as served:
+        assert served.ask("GET", "/health", b"", f"Host: {host}")[0] == status
+
+
 # -- how much at once ------------------------------------------------------------------------------
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from moe_serve.server.limits import DEFAULT_LIMITS
 from moe_serve.server.messages import SILENT_AFTER_S, Beat, EngineState
-from moe_serve.server.options import ServerConfig, ServiceConfig
 from moe_serve.server.routes import build_app
+from moe_serve.server.state import FrontState
 from tests.server.fake_host import FakeModel, InProcessClient, Script
 from tests.server.fronts import MODEL, demo_texts, front, state_of
+from tests.server.test_stream import Exchange
 
 HI = [{"role": "user", "content": "Hello there"}]
 ERROR_FIELDS = {"message", "type", "param", "code"}
@@ -164,18 +168,51 @@ def test_before_the_model_is_there() -> None:
     assert client.get("/version").json() == {"version": "0", "numerics_id": None}
 
 
-def test_a_full_queue_is_a_503_and_takes_back_its_part() -> None:
+def small_queue(**limits: Any) -> tuple[FastAPI, FrontState, FakeModel]:
+    """Return an application with such a queue, whose first tokens take a while."""
     model = FakeModel(lambda request: Script(reply=request.prompt_ids, first_s=0.05))
-    config = ServerConfig(service=ServiceConfig(max_queue_requests=2))
-    texts = demo_texts()
-    state = state_of(InProcessClient(model, texts.tokenizer, limits=config.limits), server=config)
-    client = TestClient(build_app(state))
-    answer = client.post("/v1/completions", json={"prompt": ["a", "b", "c"]})
-    assert answer.status_code == 503
-    assert int(answer.headers["retry-after"]) > 0
-    assert len(model.cancelled) == 2
+    client = InProcessClient(
+        model, demo_texts().tokenizer, limits=dataclasses.replace(DEFAULT_LIMITS, **limits)
+    )
+    state = state_of(client)
+    state.limits = client._limits
+    return build_app(state), state, model
+
+
+def test_a_full_queue_is_a_503_and_begins_nothing() -> None:
+    app, state, model = small_queue(queue_requests=2)
+
+    async def go() -> list[Exchange]:
+        both = [
+            Exchange(app, "/v1/completions", {"prompt": prompt, "max_tokens": 1})
+            for prompt in ("a", ["b", "c"])
+        ]
+        await asyncio.gather(*(one.run() for one in both))
+        return both
+
+    first, second = asyncio.run(go())
+    assert first.status == 200
+    assert second.status == 503
+    assert b"retry-after" in dict(second.messages[0]["headers"])
+    assert len(model.started) == 1
+    assert model.cancelled == []
     assert state.client.num_running == state.client.num_queued == 0
-    assert client.post("/v1/completions", json={"prompt": ["a", "b"]}).status_code == 200
+    body = {"prompt": ["a", "b"]}
+    assert TestClient(app).post("/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt"),
+    [({"queue_requests": 2}, ["a", "b", "c"]), ({"queue_tokens": 5}, [[5, 6, 7], [5, 6, 7]])],
+)
+def test_prompts_that_no_queue_could_hold_are_a_400(limits: Any, prompt: Any) -> None:
+    app, _, model = small_queue(**limits)
+    answer = TestClient(app).post("/v1/completions", json={"prompt": prompt})
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "prompt"
+    assert model.started == []
+    alone = {"prompt": [5, 6, 7, 8, 9, 10], "max_tokens": 1}
+    assert TestClient(app).post("/v1/completions", json=alone).status_code == 200
 
 
 def test_metrics_are_what_they_are() -> None:

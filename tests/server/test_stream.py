@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -263,6 +264,32 @@ def test_what_fails_before_its_first_token_is_a_plain_error(
     assert set(json.loads(one.text)["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "says", "field"),
+    [
+        ({"structured_outputs": {"json": {}}}, "structured_outputs.json: no text can satisfy it",
+         "structured_outputs"),
+        ({"response_format": {"type": "json_object"}}, "response_format: no text can satisfy it",
+         "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+         "response_format.json_schema.schema: no text can satisfy it", "response_format"),
+    ],
+)  # fmt: skip
+def test_what_the_engine_refuses_names_what_was_sent(
+    asked: dict[str, Any], says: str, field: str
+) -> None:
+    fault = "structured_outputs.json: no text can satisfy it"
+    app, _ = front(FakeModel(lambda r: Script(reply=(5,), error=fault, is_refused=True)))
+    one = exchange(app, COMPLETIONS, {"prompt": "a", **asked})
+    assert one.status == 400
+    error = json.loads(one.text)["error"]
+    assert (error["message"], error["param"], error["code"]) == (says, field, "invalid_value")
+    script = Script(reply=(5,), refusal=("request", "structured_outputs needs the package x"))
+    app, _ = front(FakeModel(lambda r: script))
+    error = json.loads(exchange(app, COMPLETIONS, {"prompt": "a", **asked}).text)["error"]
+    assert (error["message"].partition(" ")[0], error["param"]) == (field, field)
+
+
 def test_an_error_in_a_stream_is_its_last_event() -> None:
     finished: list[Finished] = []
     script = Script(reply=(500, 501), error="NaN in the logits", error_after=3)
@@ -315,6 +342,42 @@ def test_the_deadline_of_a_stream_is_an_event() -> None:
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
+def test_who_reads_slowly_is_cut_after_the_deadline(is_streamed: bool) -> None:
+    async def go() -> None:
+        app, state = late(step_s=0.01)
+        state.limits = replace(state.limits, write_s=0.1)
+        body = {"prompt": "a", "stream": is_streamed, "max_tokens": 200}
+        one = Exchange(app, COMPLETIONS, body)
+
+        def cut() -> None:
+            one.gone.set()
+            one.may_send.set()
+
+        one._scope["state"] = {"cut_connection": cut}
+        one.may_send.clear()
+        await asyncio.wait_for(one.run(), 2)
+        assert one.gone.is_set()
+        assert state.client.num_running == 0
+
+    asyncio.run(go())
+
+
+def test_who_takes_an_answer_in_time_is_not_cut() -> None:
+    async def go() -> None:
+        app, state = late(step_s=0.01)
+        state.limits = replace(state.limits, write_s=0.01)
+        cuts: list[str] = []
+        one = Exchange(app, COMPLETIONS, {"prompt": "a", "max_tokens": 200})
+        one._scope["state"] = {"cut_connection": lambda: cuts.append("cut")}
+        await one.run()
+        await asyncio.sleep(0.05)
+        assert one.status == 504
+        assert cuts == []
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
 def test_abort_ends_a_request_of_the_same_key_only(is_streamed: bool) -> None:
     async def go() -> None:
         model = FakeModel(lambda r: Script(reply=r.prompt_ids, step_s=0.005))
@@ -361,6 +424,39 @@ def test_a_lost_engine_is_a_503_or_an_event() -> None:
         assert (b"retry-after", b"5") in both[1].messages[0]["headers"]
 
     asyncio.run(go())
+
+
+WHERE = "/home/somebody/models"
+
+
+def test_no_client_is_told_a_folder() -> None:
+    async def go() -> None:
+        app, state = front(FakeModel(lambda r: Script(reply=r.prompt_ids, step_s=0.01)))
+        body = {"prompt": "a b", "max_tokens": 200}
+        both = [Exchange(app, COMPLETIONS, {**body, "stream": flag}) for flag in (True, False)]
+        tasks = [asyncio.create_task(one.run()) for one in both]
+        await both[0].until(lambda: len(both[0].bodies) > 2)
+        state.client._end(f"{WHERE}/weights.bin: cannot be read")
+        await asyncio.wait_for(asyncio.gather(*tasks), 1)
+        after = [Exchange(app, path, {}, method="GET") for path in ("/ready", "/health")]
+        after.append(Exchange(app, COMPLETIONS, body))
+        for one in after:
+            await one.run()
+            assert one.status == 503
+        for one in (*both, *after):
+            assert "weights.bin: cannot be read" in one.text
+            assert "/home" not in one.text
+            assert "somebody" not in one.text
+
+    asyncio.run(go())
+
+
+def test_what_is_refused_names_no_folder_and_keeps_pointers() -> None:
+    fault = f"structured_outputs.json: {WHERE}/tokenizer.json: no #/$defs/a in it"
+    app, _ = front(FakeModel(lambda r: Script(reply=(5,), error=fault, is_refused=True)))
+    one = exchange(app, COMPLETIONS, {"prompt": "a", "structured_outputs": {"json": {}}})
+    message = json.loads(one.text)["error"]["message"]
+    assert message == "structured_outputs.json: tokenizer.json: no #/$defs/a in it"
 
 
 def test_requests_wait_while_the_world_is_formed_again() -> None:

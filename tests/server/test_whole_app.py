@@ -40,7 +40,7 @@ def test_the_guard_knows_every_route_and_no_other() -> None:
     assert {route.path for route in APP.routes if isinstance(route, Route)} == set(ROUTES)
     assert {path for path, route in ROUTES.items() if route.access == "open"} == OPEN
     generating = {path for path, route in ROUTES.items() if route.generates}
-    assert generating == {"/v1/completions", "/v1/chat/completions"}
+    assert generating == {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
@@ -54,6 +54,18 @@ def test_without_a_key_there_is_a_401_but_for_probes(path: str, method: str) -> 
         assert answer.json()["error"]["type"] == "authentication_error"
     with_key = CLIENT.request(method, address(path), headers={"Authorization": f"Bearer {KEY}"})
     assert with_key.status_code != 401
+
+
+@pytest.mark.parametrize("prompt", ["a", ""])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_has_one_request_id(prompt: str, is_streamed: bool) -> None:
+    answer = CLIENT.post(
+        "/v1/completions",
+        json={"prompt": prompt, "max_tokens": 1, "stream": is_streamed},
+        headers={"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine"},
+    )
+    name = "cmpl-mine" if answer.status_code == 200 else "mine"
+    assert answer.headers.get_list("x-request-id") == [name]
 
 
 def test_a_route_that_nobody_thought_of_is_closed() -> None:

@@ -91,6 +91,13 @@ def test_structured_outputs_in_either_form(url: str) -> None:
     assert asked(response_format={"type": "text"}) is None
     assert asked(response_format=None, structured_outputs=None) is None
     assert asked(response_format={"type": "json_object"}) == StructuredOutputs(json_object=True)
+    nothing = {"type": "json_object", "json_schema": None}
+    assert asked(response_format=nothing) == StructuredOutputs(json_object=True)
+    assert asked(response_format={"type": "text", "json_schema": None}) is None
+    sparse = {"type": "json_schema", "json_schema": {"schema": schema, "strict": None}}
+    assert asked(response_format=sparse) == StructuredOutputs(json=schema)
+    with_nulls = {"choice": ["a"], "json_object": None, "regex": None}
+    assert asked(structured_outputs=with_nulls) == StructuredOutputs(choice=["a"])
     described = {"type": "json_schema", "json_schema": named}
     assert asked(response_format=described) == StructuredOutputs(json=schema)
     for given in (
@@ -373,3 +380,37 @@ def test_routed_experts_are_of_a_choice() -> None:
         names=TokenNames(TOKENIZER),
     )
     assert found["choices"][0]["routed_experts"] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_what_choices_tell_of_their_prompt_is_made_once() -> None:
+    entry = TokenLogprobs(5, -1.0, 1, ((5, -1.0), (6, -2.0)))
+    outputs = tuple(
+        CompletionOutput(index=index, text="a", token_ids=(5,), logprobs=(entry,),
+                         finish_reason="length") for index in range(3)
+    )  # fmt: skip
+    body = {"prompt": [5, 6], "n": 3, "echo": True, "logprobs": 1, "prompt_logprobs": 1}
+    asked = read_body(COMPLETIONS, {**body, "return_token_ids": True}, MAKER, DEFAULTS)
+    names = CountingNames(TOKENIZER)
+    found = response_object(
+        [RequestOutput("r", None, (5, 6), outputs, True, prompt_logprobs=(None, entry))],
+        asked, model="m", response_id="i", created=1, names=names,
+    )  # fmt: skip
+    first, *others = found["choices"]
+    assert len(others) == 2
+    for other in others:
+        for name in ("prompt_logprobs", "prompt_token_ids"):
+            assert other[name] is first[name]
+        assert other["logprobs"] == first["logprobs"]
+    assert first["logprobs"]["text_offset"][-1] > 0
+    # of the echo 3, of the prompt's list 2, of each choice 2
+    assert names.num_asked == 3 + 2 + 3 * 2
+
+
+class CountingNames(TokenNames):
+    """Names of tokens, and how often one was asked for."""
+
+    num_asked = 0
+
+    def of(self, token_id: int) -> tuple[str, list[int]]:
+        self.num_asked += 1
+        return super().of(token_id)
