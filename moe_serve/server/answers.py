@@ -22,7 +22,8 @@ ERROR_TYPES = {
     504: "deadline_exceeded",
 }
 _MOST_CHARS = 1000
-_FOLDERS = re.compile(r"(?<![\w.])~?/(?:[^\s/'\":;,]+/)*(?=[^\s/'\":;,])")
+# not the pointers within a schema, "#/$defs/a"
+_FOLDERS = re.compile(r"(?<![\w.#])~?/(?:[^\s/'\":;,]+/)*(?=[^\s/'\":;,])")
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -30,7 +31,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 class ApiError(MoeServeError):
     """An answer other than what was asked for: `status` of HTTP, and what the body says.
 
-    param: the field of the body that it is about. retry_after_s: when to come again.
+    param: the field of the body that it is about. retry_after_s: when to come again. What is no
+    fault of the client is told without the folders that it may name.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class ApiError(MoeServeError):
         code: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(without_folders(message) if status >= 500 else message)
         self.status = status
         self.param = param
         self.code = code
@@ -70,8 +72,13 @@ class ApiError(MoeServeError):
 
 
 def engine_fault(message: str) -> ApiError:
-    """Return the answer to what the engine failed of, without the folders that it may name."""
-    return ApiError(500, _FOLDERS.sub("", message), code="engine_error")
+    """Return the answer to what the engine failed of."""
+    return ApiError(500, message, code="engine_error")
+
+
+def without_folders(message: str) -> str:
+    """Return what is said of files with their names alone: where they are is for the log."""
+    return _FOLDERS.sub("", message)
 
 
 def _cut(text: str, num_chars: int) -> str:

@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from moe_serve.errors import RequestError
-from moe_serve.server.answers import ApiError, encoded, engine_fault, send_error, send_json
+from moe_serve.server.answers import (
+    ApiError,
+    encoded,
+    engine_fault,
+    send_error,
+    send_json,
+    without_folders,
+)
 from moe_serve.server.bodies import ChatBody, CompletionBody, parse_body
 from moe_serve.server.engine_client import Running, Unavailable
 from moe_serve.server.event_stream import EventStream
@@ -169,7 +176,7 @@ class Call:
     def _refused(self, message: str) -> ApiError:
         """Return the answer to what the engine refuses: the request's own fault."""
         assert self.asked is not None
-        message = self.asked.as_sent(message)
+        message = without_folders(self.asked.as_sent(message))
         field = named_field(message, self.kind)
         return ApiError(400, message, param=field, code="invalid_value")
 

@@ -22,6 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from moe_serve.engine.engine import EngineStats
+from moe_serve.server.answers import without_folders
 from moe_serve.server.dashboard import (
     ExpertBytes,
     ExpertCounters,
@@ -311,7 +312,7 @@ class Metrics(Collector):
             numerics_id="" if client.welcome is None else client.welcome.numerics_id,
             version=state.version,
             state=client.state,
-            why=client.why_not_ready or "",
+            why=without_folders(client.why_not_ready or ""),
             uptime_s=time.monotonic() - self._begun_s,
             generation=0 if beat is None else beat.generation,
             num_resubmitted=0 if report is None else report.num_resubmitted,

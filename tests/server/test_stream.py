@@ -426,6 +426,39 @@ def test_a_lost_engine_is_a_503_or_an_event() -> None:
     asyncio.run(go())
 
 
+WHERE = "/srv/somebody/models"
+
+
+def test_no_client_is_told_a_folder() -> None:
+    async def go() -> None:
+        app, state = front(FakeModel(lambda r: Script(reply=r.prompt_ids, step_s=0.01)))
+        body = {"prompt": "a b", "max_tokens": 200}
+        both = [Exchange(app, COMPLETIONS, {**body, "stream": flag}) for flag in (True, False)]
+        tasks = [asyncio.create_task(one.run()) for one in both]
+        await both[0].until(lambda: len(both[0].bodies) > 2)
+        state.client._end(f"{WHERE}/weights.bin: cannot be read")
+        await asyncio.wait_for(asyncio.gather(*tasks), 1)
+        after = [Exchange(app, path, {}, method="GET") for path in ("/ready", "/health")]
+        after.append(Exchange(app, COMPLETIONS, body))
+        for one in after:
+            await one.run()
+            assert one.status == 503
+        for one in (*both, *after):
+            assert "weights.bin: cannot be read" in one.text
+            assert "/srv" not in one.text
+            assert "somebody" not in one.text
+
+    asyncio.run(go())
+
+
+def test_what_is_refused_names_no_folder_and_keeps_pointers() -> None:
+    fault = f"structured_outputs.json: {WHERE}/tokenizer.json: no #/$defs/a in it"
+    app, _ = front(FakeModel(lambda r: Script(reply=(5,), error=fault, is_refused=True)))
+    one = exchange(app, COMPLETIONS, {"prompt": "a", "structured_outputs": {"json": {}}})
+    message = json.loads(one.text)["error"]["message"]
+    assert message == "structured_outputs.json: tokenizer.json: no #/$defs/a in it"
+
+
 def test_requests_wait_while_the_world_is_formed_again() -> None:
     async def go() -> None:
         app, state = front(FakeModel(lambda r: Script(reply=r.prompt_ids, first_s=0.1)))
