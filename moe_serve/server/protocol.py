@@ -385,4 +385,5 @@ def _headers_too_large(limits: Limits) -> Refusal:
 
 
 def _body_too_large(limits: Limits) -> Refusal:
-    return Refusal(413, f"the body of a request may have {limits.body_bytes} bytes")
+    message = f"the body of a request may have {limits.body_bytes} bytes"
+    return Refusal(413, message, code="body_too_large")
