@@ -122,6 +122,13 @@ class Served:
             assert self.doorway.num_connections == 0, "a connection was never released"
             assert self.guard.num_generating == 0, "a request was never released"
 
+    @property
+    def errors(self) -> dict[int, int]:
+        """How often each status of 400 and above was told, as /metrics counts them."""
+        found = self.guard.errors + self.server.refused
+        found[503] += self.doorway.counts["over"] + self.doorway.counts["not_live"]
+        return dict(+found)
+
     def stop(self, limit_s: float) -> None:
         asyncio.run_coroutine_threadsafe(self.server.stop(limit_s), self.loop).result(10)
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _LIVE = b"GET /live "
 _LIVE_BODY = b'{"status":"live"}'
+_RETRY = ((b"retry-after", b"5"),)
 _TOO_MANY = Refusal(
     503,
     "there are too many connections; try again later",
@@ -75,8 +76,9 @@ class Doorway:
     hand_over: gets a socket (non-blocking, nothing of it read) whose first bytes are there; called
     in that thread, usually `loop.call_soon_threadsafe`. Whoever gets it must call `release` once
     when it is closed. The listener is made non-blocking, and is not closed.
-    counts: "accepted", "live", "over" (503), "silent" (closed after header_s), "gone" (by the
-    client, before a byte), "not_accepted" (no free file descriptor), "failed" (errors of ours).
+    counts: "accepted", "live", "not_live" (a 503 among those), "over" (503), "silent" (closed after
+    header_s), "gone" (by the client, before a byte), "not_accepted" (no free file descriptor),
+    "failed" (errors of ours).
     """
 
     def __init__(
@@ -254,7 +256,10 @@ class Doorway:
         except Exception:
             logger.exception("whether the server is alive could not be found out")
             is_live, why = False, "unknown"
-        answer = response_bytes(200, _LIVE_BODY) if is_live else Refusal(503, why).wire()
+        answer = response_bytes(200, _LIVE_BODY)
+        if not is_live:
+            self.counts["not_live"] += 1
+            answer = Refusal(503, why, code="unhealthy", headers=_RETRY).wire()
         self._say_and_close(sock, answer)
 
     def _refuse(self, sock: socket.socket) -> None:

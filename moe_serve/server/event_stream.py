@@ -147,17 +147,25 @@ class EventStream:
     def _events(self) -> bytes:
         """Return the chunks of what is new."""
         parts: list[bytes] = []
-        for choice in self._choices:
+        open_ = [choice for choice in self._choices if not choice.is_over]
+        # with what is new here the last of them is over, if the whole call is
+        last = open_[-1] if open_ and self._call.is_over else None
+        usage = b""
+        for choice in open_:
             for body in choice.news():
-                parts += (self._head, body, b"]", self._tail(), b"}\n\n")
+                usage = usage or self._usage()
+                parts += (self._head, body, b"]", usage, self._tail(choice is last), b"}\n\n")
         return b"".join(parts)
 
-    def _tail(self) -> bytes:
-        """Return the fields of a chunk behind its choices."""
-        tail = self._no_usage
+    def _usage(self) -> bytes:
+        """Return the usage as the chunks of one send tell it, which counts through all choices."""
         if self._asked.has_usage_always:
-            tail = b',"usage":' + encoded(self._call.usage())
-        is_last = self._call.is_over and all(choice.is_over for choice in self._choices)
+            return b',"usage":' + encoded(self._call.usage())
+        return self._no_usage
+
+    def _tail(self, is_last: bool) -> bytes:
+        """Return the fields of a chunk behind its choices and its usage."""
+        tail = b""
         if self._is_first or (is_last and not self._asked.has_usage_chunk):
             tail += b',"seed":%d' % self._call.seed
         if self._is_first:

@@ -101,18 +101,18 @@ class Call:
         self._is_gone = False
         self._status = 500
         self._news = asyncio.Event()
+        self._stream: EventStream | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def serve(self, receive: Receive, send: Send) -> None:
         """Answer the request, whatever it is."""
-        stream: EventStream | None = None
         try:
             await self._begin(receive)
             assert self.asked is not None
             if self.asked.is_streamed:
-                stream = EventStream(self, self.asked, send)
-                self._status = await stream.send_all()
+                self._stream = EventStream(self, self.asked, send)
+                self._status = await self._stream.send_all()
             else:
                 answer = await self._whole_answer()
                 self._status = 200
@@ -125,8 +125,8 @@ class Call:
         except Exception:  # a fault of ours ends one request, not the connection's task
             logger.exception("a fault in serving %s", self.response_id)
             fault = ApiError(500, "a fault of the server")
-            if stream is not None and stream.has_started:
-                self._status = await stream.end_with(fault)
+            if self._stream is not None and self._stream.has_started:
+                self._status = await self._stream.end_with(fault)
             elif self._status != 200:
                 await send_error(send, fault, self.headers)
 
@@ -353,10 +353,12 @@ class Call:
         states = [running.state for running in self.runnings]
         firsts = [state.first_token_s for state in states if state.first_token_s is not None]
         outputs = [output for state in states for output in state.outputs]
+        has_started = self._stream is not None and self._stream.has_started
         return Finished(
             kind=self.kind,
             status=self._status,
             is_streamed=self.asked is not None and self.asked.is_streamed,
+            is_event=has_started and self._status not in (200, 499),
             num_prompt_tokens=sum(len(state.request.prompt_ids) for state in states),
             num_output_tokens=sum(len(output.token_ids) for output in outputs),
             num_cached_tokens=sum(state.num_cached_tokens for state in states),

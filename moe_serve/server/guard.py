@@ -196,7 +196,8 @@ class Guard:
     or None.
 
     Requests find in scope["state"]: "request_id", and "key_id" (16 hex digits, or None where no key
-    is asked for). refused: how many were refused here, by status.
+    is asked for). refused: how many were refused here, by status. errors: how many answers had a
+    status of 400 and above, those included, and as 499 how many clients went away before.
     """
 
     def __init__(
@@ -212,6 +213,7 @@ class Guard:
     ) -> None:
         check_binding(listens_on, keys)
         self.refused: Counter[int] = Counter()
+        self.errors: Counter[int] = Counter()
         self.num_generating = 0
         self.num_failed = 0
         self._app = app
@@ -238,7 +240,7 @@ class Guard:
             asked[name] = value
         state = scope.setdefault("state", {})
         request_id = _request_id(asked.get(b"x-request-id"))
-        exchange = _Exchange(request_id, receive, send, state)
+        exchange = _Exchange(request_id, receive, send, state, self.errors)
         state["request_id"] = request_id
         route = access_of(scope["path"], self._routes)
         refusal, key_id = self._admit(asked, twice, route)
@@ -307,6 +309,12 @@ class Guard:
 
     async def _run(self, scope: Scope, exchange: _Exchange) -> None:
         try:
+            await self._run_app(scope, exchange)
+        finally:
+            exchange.count_gone()
+
+    async def _run_app(self, scope: Scope, exchange: _Exchange) -> None:
+        try:
             await self._app(scope, exchange.receive, exchange.send)
             await exchange.pass_held()
         except Exception:
@@ -341,6 +349,8 @@ class _Exchange:
     """
 
     __slots__ = (
+        "_errors",
+        "_has_failed",
         "_held",
         "_receive",
         "_send",
@@ -351,11 +361,16 @@ class _Exchange:
         "request_id",
     )
 
-    def __init__(self, request_id: str, receive: Receive, send: Send, state: Any) -> None:
+    def __init__(
+        self, request_id: str, receive: Receive, send: Send, state: Any, errors: Counter[int]
+    ) -> None:
+        """errors: answers of 400 and above, which are counted by status as they are sent."""
         self.request_id = request_id
         self.has_begun = False
         self.is_complete = False
         self.is_client_gone = False
+        self._errors = errors
+        self._has_failed = False
         self._held: list[Message] | None = []
         self._receive = receive
         self._send = send
@@ -376,6 +391,9 @@ class _Exchange:
         if kind == "http.response.start":
             message = {**message, "headers": self._with_ours(message.get("headers", ()))}
             self.has_begun = True
+            if message["status"] >= 400:
+                self._has_failed = True
+                self._errors[message["status"]] += 1
         await self._send(message)
         if kind == "http.response.body" and not message.get("more_body", False):
             self.is_complete = True
@@ -396,6 +414,12 @@ class _Exchange:
         self._held = None
         await self.send(start)
         await self.send({"type": "http.response.body", "body": refusal.body})
+
+    def count_gone(self) -> None:
+        """Count a client that went away before its answer was whole, if it was told no error."""
+        is_told = self.is_complete or self._has_failed or self._state.get("is_refused", False)
+        if self.is_client_gone and not is_told:
+            self._errors[499] += 1
 
     def cut(self) -> None:
         """End the connection, as its response cannot be ended."""

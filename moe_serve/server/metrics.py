@@ -73,7 +73,7 @@ class Metrics(Collector):
         self.ttft, self.e2e, self.itl, self.tpot = (Distribution() for _ in range(4))
         self.prompt_tokens = Distribution(1.0, 24)
         self.generation_tokens = Distribution(1.0, 24)
-        self._statuses: Counter[tuple[str, int]] = Counter()
+        self._events: Counter[int] = Counter()
         self._finished: Counter[str] = Counter()
         self._num_prompt_tokens = self._num_generation_tokens = 0
         self._door: Doorway | None = None
@@ -87,7 +87,7 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def watch(self, door: Doorway, serving: Serving, guard: Guard) -> None:
-        """Count what these refuse, too."""
+        """Count the errors that these send, too."""
         self._door, self._serving, self._guard = door, serving, guard
 
     def exposition(self) -> tuple[bytes, str]:
@@ -100,7 +100,8 @@ class Metrics(Collector):
         self._num_generation_tokens += num_tokens
 
     def _request_finished(self, finished: Finished) -> None:
-        self._statuses[finished.kind, finished.status] += 1
+        if finished.is_event:  # all other errors are seen where they are sent
+            self._events[finished.status] += 1
         if not finished.finish_reasons:
             return
         self._finished.update(finished.finish_reasons)
@@ -115,17 +116,14 @@ class Metrics(Collector):
                 self.tpot.add(decode_s / (finished.num_output_tokens - 1))
 
     def _errors(self) -> Counter[int]:
-        found: Counter[int] = Counter()
-        for (_, status), count in self._statuses.items():
-            if status >= 400:
-                found[status] += count
+        found = self._events.copy()
         if self._guard is not None:
-            found.update(self._guard.refused)
+            found.update(self._guard.errors)
         if self._serving is not None:
             found.update(self._serving.refused)
-        if self._door is not None and self._door.counts["over"]:
-            found[503] += self._door.counts["over"]
-        return found
+        if self._door is not None:
+            found[503] += self._door.counts["over"] + self._door.counts["not_live"]
+        return +found
 
     # -- Prometheus --------------------------------------------------------------------------------
 
@@ -151,7 +149,10 @@ class Metrics(Collector):
             "request_success", "Outputs that have ended", "finished_reason", self._finished
         )
         yield self._counters(
-            "http_errors", "Answers with a status of 400 and above", "status", self._errors()
+            "http_errors",
+            "Answers with a status of 400 and above, and error events",
+            "status",
+            self._errors(),
         )
         for name, about, values in (
             (

@@ -165,8 +165,9 @@ class GuardedProtocol(H11Protocol):
 
     on_gone: called once, when the connection is no more (or never was: `release`).
     refused: counts what was refused here, by status.
-    The application finds "cut_connection" in its scope's state: a function that ends the connection
-    at once, without the rest of a response.
+    The application finds in its scope's state "cut_connection", a function that ends the connection
+    at once, without the rest of a response, and "is_refused", True, where its client was refused
+    here while it ran.
     """
 
     def __init__(
@@ -326,6 +327,9 @@ class GuardedProtocol(H11Protocol):
         if self.transport.is_closing():
             return
         cycle = self.cycle
+        is_ours = cycle is not None and not cycle.response_complete
+        if is_ours:
+            cycle.scope["state"]["is_refused"] = True
         self._refused[refusal.status] += 1
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             # a response has begun or was sent already: nothing else can be said
@@ -333,7 +337,6 @@ class GuardedProtocol(H11Protocol):
             self.transport.close()
             return
         self._disconnect()
-        is_ours = cycle is not None and not cycle.response_complete
         answer = refusal.wire(is_head=is_ours and cycle.scope["method"] == "HEAD")
         self.conn.num_sent += len(answer)
         self.transport.write(answer)
@@ -382,4 +385,5 @@ def _headers_too_large(limits: Limits) -> Refusal:
 
 
 def _body_too_large(limits: Limits) -> Refusal:
-    return Refusal(413, f"the body of a request may have {limits.body_bytes} bytes")
+    message = f"the body of a request may have {limits.body_bytes} bytes"
+    return Refusal(413, message, code="body_too_large")

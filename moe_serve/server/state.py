@@ -25,13 +25,15 @@ TEXT_THREADS = 2
 class Finished:
     """One request for text that has ended. status: of HTTP, 499 where the client went away.
 
-    Times are seconds since the request came, first_token_s None where there was none. A stream that
-    ended with an error has that error's status. key_id: of the key it came with, "" without.
+    Times are seconds since the request came, first_token_s None where there was none. is_event: it
+    is a stream's that ended with an error as its last event, of that status. key_id: of the key it
+    came with, "" without.
     """
 
     kind: Kind
     status: int
     is_streamed: bool
+    is_event: bool
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int

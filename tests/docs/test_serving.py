@@ -25,6 +25,7 @@ from moe_serve.server.bodies import (
 from moe_serve.server.guard import ROUTES
 from moe_serve.server.limits import Limits
 from moe_serve.server.metrics import PREFIX, Metrics
+from moe_serve.server.options import NetworkConfig, ServiceConfig
 from moe_serve.text.chat_template import MAX_RENDER_S
 from moe_serve.text.openai_form import OWN_FIELDS, SAMPLING_FIELDS, SERVER_FIELDS
 from tests.server.test_metrics import (
@@ -160,7 +161,8 @@ def test_options_are_those_of_the_command() -> None:
         env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
     ).stdout
     assert told <= set(re.findall(r"--([a-z-]+)", help_text))
-    assert {"port", "allowed-hosts", "max-worlds", "shutdown-timeout"} <= told
+    own = {f.name for part in (NetworkConfig, ServiceConfig) for f in dataclasses.fields(part)}
+    assert {name.replace("_", "-") for name in own} <= told
 
 
 OF_TORCHRUN = {"max-restarts", "nnodes", "node-rank", "standalone", "rdzv-backend"}

@@ -67,11 +67,14 @@ def test_live_is_answered_at_the_door() -> None:
         assert parsed(response) == (200, b'{"status":"live"}')
         assert header(response, "connection") == "close"
         opened.alive = (False, "the loop has not moved for 30 s")
-        status, error = error_of(opened.ask(b"GET /live HTTP/1.0\r\n\r\n"))
+        response = opened.ask(b"GET /live HTTP/1.0\r\n\r\n")
+        status, error = error_of(response)
         assert (status, error["type"]) == (503, "service_unavailable")
+        assert (error["code"], header(response, "retry-after")) == ("unhealthy", "5")
         assert error["message"] == "the loop has not moved for 30 s"
         assert opened.handed == []
         assert opened.doorway.counts["live"] == 2
+        assert opened.doorway.counts["not_live"] == 1
 
 
 def test_a_liveness_that_fails_is_not_alive() -> None:

@@ -483,6 +483,45 @@ def test_a_request_without_a_good_name_gets_one(keyed: Served, headers: tuple[st
     assert int(name, 16)
 
 
+# -- what is counted -------------------------------------------------------------------------------
+
+
+def test_each_error_is_counted_once() -> None:
+    with Served(keys=(KEY,)) as served:
+        for method, path, status in (
+            ("GET", "/none", 404), ("DELETE", "/v1/models", 405), ("GET", "/boom", 500),
+        ):  # fmt: skip
+            assert served.ask(method, path, b"", bearer(KEY))[0] == status
+        assert served.ask("GET", "/v1/models")[0] == 401
+        assert served.ask("GET", "/health")[0] == 200
+        assert served.errors == {404: 1, 405: 1, 500: 1, 401: 1}
+
+
+@pytest.mark.parametrize("status", [408, 413])
+def test_a_chunked_body_that_is_refused_is_counted_once(status: int) -> None:
+    head = request("POST", "/v1/completions", b"", "Transfer-Encoding: chunked", bearer(KEY))
+    with Served(keys=(KEY,)) as served:
+        with served.connect() as sock:
+            sock.sendall(head)
+            served.eventually(lambda: served.guard.num_generating == 1)
+            if status == 413:
+                size = served.limits.body_bytes + 1
+                sock.sendall(b"%x\r\n" % size + bytes(size) + b"\r\n")
+            assert parsed(read_all(sock))[0] == status
+        served.eventually(lambda: served.guard.num_generating == 0)
+        assert served.errors == {status: 1}
+
+
+def test_a_client_that_went_away_is_counted() -> None:
+    with Served() as served:
+        sock = served.connect()
+        sock.sendall(request("GET", "/stream"))
+        served.eventually(lambda: served.guard.num_generating == 1)
+        sock.close()
+        served.eventually(lambda: served.guard.num_generating == 0)
+        assert served.errors == {499: 1}
+
+
 # -- applications that do wrong, without sockets ---------------------------------------------------
 
 

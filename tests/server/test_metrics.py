@@ -49,7 +49,8 @@ def stats(**given: Any) -> EngineStats:
 
 def finished(**given: Any) -> Finished:
     told: dict[str, Any] = {
-        "kind": "completion", "status": 200, "is_streamed": True, "num_prompt_tokens": 20,
+        "kind": "completion", "status": 200, "is_streamed": True, "is_event": False,
+        "num_prompt_tokens": 20,
         "num_output_tokens": 11, "num_cached_tokens": 16, "first_token_s": 0.5, "total_s": 2.5,
         "finish_reasons": ("length",), "key_id": "", **given,
     }  # fmt: skip
@@ -77,7 +78,7 @@ def metrics() -> Metrics:
 def told_all(metrics: Metrics) -> None:
     """Let a server's metrics have everything there is to tell of."""
     metrics._state.on_finished(finished())
-    metrics._state.on_finished(finished(status=400, finish_reasons=()))
+    metrics._state.on_finished(finished(status=500, is_event=True, finish_reasons=()))
     metrics._client.report = StatsReport(stats(), 3, 1)
 
 
@@ -99,11 +100,13 @@ def test_requests_are_counted(metrics: Metrics) -> None:
     state.on_finished(finished())
     state.on_finished(finished(finish_reasons=("stop", "stop"), first_token_s=None))
     state.on_finished(finished(status=400, finish_reasons=()))
+    state.on_finished(finished(status=504, is_event=True, finish_reasons=()))
     metrics._tokens(22)
     told = samples(metrics)
     assert told['request_success_total{finished_reason="length"}'] == 1
     assert told['request_success_total{finished_reason="stop"}'] == 2
-    assert told['http_errors_total{status="400"}'] == 1
+    assert told['http_errors_total{status="504"}'] == 1
+    assert 'http_errors_total{status="400"}' not in told, "it is counted where it is sent"
     assert told["prompt_tokens_total"] == 40
     assert told["generation_tokens_total"] == 22
     assert told["time_to_first_token_seconds_count"] == 1
@@ -135,12 +138,12 @@ def test_the_engine_is_shown_as_it_was_told_last(metrics: Metrics) -> None:
 
 
 def test_what_was_refused_before_a_route_counts(metrics: Metrics) -> None:
-    door = SimpleNamespace(counts={"over": 2}, num_connections=5)
+    door = SimpleNamespace(counts={"over": 2, "not_live": 1}, num_connections=5)
     refused = SimpleNamespace(refused={408: 1, 503: 1})
-    metrics.watch(cast(Any, door), cast(Any, refused), cast(Any, SimpleNamespace(refused={401: 4})))
+    metrics.watch(cast(Any, door), cast(Any, refused), cast(Any, SimpleNamespace(errors={401: 4})))
     told = samples(metrics)
     assert told['http_errors_total{status="401"}'] == 4
-    assert told['http_errors_total{status="503"}'] == 3
+    assert told['http_errors_total{status="503"}'] == 4
     assert told["open_connections"] == 5
 
 

@@ -318,7 +318,8 @@ def test_a_slow_body_ends_in_time(served: Served) -> None:
 def test_a_content_length_beyond_the_limit_gets_a_413_at_once(served: Served) -> None:
     for length in (2**20 + 1, 2**62):
         data = HEAD + f"Expect: 100-continue\r\nContent-Length: {length}\r\n\r\n"
-        assert error_of(served.send(data.encode()))[0] == 413
+        status, error = error_of(served.send(data.encode()))
+        assert (status, error["code"]) == (413, "body_too_large")
     assert served.events == []
 
 
@@ -353,7 +354,8 @@ def test_an_endless_chunked_body_is_not_read_nor_kept(served: Served) -> None:
 def test_a_chunked_body_just_over_the_limit_gets_a_413(served: Served) -> None:
     data = (HEAD + "Transfer-Encoding: chunked\r\n\r\n").encode()
     data += b"100000\r\n" + bytes(2**20) + b"\r\n1\r\nx\r\n0\r\n\r\n"
-    assert error_of(served.send(data))[0] == 413
+    status, error = error_of(served.send(data))
+    assert (status, error["code"]) == (413, "body_too_large")
 
 
 def test_a_body_of_too_many_small_chunks_is_refused(served: Served) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+from moe_serve.server.generation import Call
 from moe_serve.server.messages import Beat
 from moe_serve.server.options import ServerConfig, ServiceConfig
 from moe_serve.server.state import Finished, FrontState
@@ -186,6 +187,34 @@ def test_usage_in_every_chunk() -> None:
     assert counts == sorted(counts)
     assert counts[-1] == 4
     assert len(set(counts)) > 1
+
+
+def test_usage_is_counted_once_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    def usage(self: Call) -> dict[str, Any]:
+        found = true_usage(self)
+        counted.append(found["completion_tokens"])
+        return found
+
+    true_usage = Call.usage
+    monkeypatch.setattr(Call, "usage", usage)
+    model = FakeModel(lambda r: Script(reply=r.prompt_ids, step_s=0.005))
+    app, _ = front(model)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": "a b c", "n": 16, "max_tokens": 4, "stream": True, "stream_options": options}
+    chunks = exchange(app, COMPLETIONS, body).events[:-1]
+    assert len(chunks) > 4 * 8
+    assert chunks[-1]["usage"]["completion_tokens"] == 4 * 16
+    assert len(counted) <= model.num_steps + 1
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_last_chunk_of_all_choices_has_the_seed(n: int) -> None:
+    body = {"prompt": "a b c", "n": n, "stream": True, "seed": 5, "max_tokens": 3, "echo": True}
+    chunks = exchange(front()[0], COMPLETIONS, body).events[:-1]
+    assert chunks[-1]["seed"] == 5
+    assert sum("seed" in chunk for chunk in chunks) <= 3
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
@@ -426,7 +455,7 @@ def test_a_lost_engine_is_a_503_or_an_event() -> None:
     asyncio.run(go())
 
 
-WHERE = "/home/somebody/models"
+WHERE = "/srv/somebody/models"
 
 
 def test_no_client_is_told_a_folder() -> None:
@@ -445,7 +474,7 @@ def test_no_client_is_told_a_folder() -> None:
             assert one.status == 503
         for one in (*both, *after):
             assert "weights.bin: cannot be read" in one.text
-            assert "/home" not in one.text
+            assert "/srv" not in one.text
             assert "somebody" not in one.text
 
     asyncio.run(go())
