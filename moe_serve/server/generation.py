@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 from moe_serve.errors import RequestError
@@ -344,6 +345,8 @@ class Call:
             created=self.created,
             names=self.state.names,
         )
+        # one by one: while a value is encoded no other thread runs, the event loop's neither
+        found["choices"] = [msgspec.Raw(encoded(choice)) for choice in found["choices"]]
         found["usage"] = self.usage()
         found["system_fingerprint"] = self.state.fingerprint
         found["seed"] = self.seed
