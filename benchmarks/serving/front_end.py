@@ -225,7 +225,7 @@ def main(arguments: Sequence[str]) -> None:
     ]
     if options.save:
         command = recorded_command("benchmarks.serving.front_end", arguments)
-        print(write_results("front-end", rows, command=command))
+        print(write_results("serving-front-end", rows, command=command))
 
 
 if __name__ == "__main__":
