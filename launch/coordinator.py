@@ -367,6 +367,8 @@ class RankedEngine:
             replies = self._read_step()
             if any(reply.outputs or reply.has_unfinished for reply in replies):
                 self._early.append(replies)
+            else:
+                self._num_steps += 1  # it has counted with the ranks, though nothing was to do
 
     def _drop_early(self, request_id: str, index: int) -> bool:
         """Drop what early replies have of an output that was ended; return whether they had."""

@@ -216,6 +216,8 @@ def shared_memory() -> set[str]:
 
 def _role(process: psutil.Process) -> str:
     command = process.cmdline()
+    if len(command) < 3:  # it has just ended
+        raise psutil.NoSuchProcess(process.pid)
     if "front_end" in command:
         return "front end"
     rank = f"rank {process.environ().get('RANK', '?')}"
