@@ -34,7 +34,8 @@ MOST_GROWN_BYTES = 64 * 2**20
 # so little that a client's kernel takes nothing for it
 _RECEIVE_BUFFER = 2304
 _EVENT_BYTES = 256
-FLAGS = ("--max-num-seqs", "64", "--stats-interval", "0")
+# tokens that wait for company would hide what a slow reader does to a step
+FLAGS = ("--max-num-seqs", "64", "--stats-interval", "0", "--stream-interval", "0")
 # who reads nothing must have more to read than the kernels of both sides hold
 _MUCH = {"max_tokens": 1000, "n": 8, "return_token_ids": True, "logprobs": 5}
 
