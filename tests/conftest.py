@@ -16,6 +16,9 @@ wait_shortly()  # before torch is loaded, as where moe_serve is used
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when transformers loads it
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

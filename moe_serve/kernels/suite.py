@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from moe_serve.kernels.exchange import cpu as exchange_cpu
 from moe_serve.kernels.exchange import reference as exchange_reference
 from moe_serve.kernels.exchange.base import Packed, Unpacked
 from moe_serve.kernels.forward import cpu as forward_cpu
+from moe_serve.kernels.gpu.numerics import NUMERICS, Numerics
 from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.linear import reference as linear_reference
 from moe_serve.kernels.moe import cpu as moe_cpu
@@ -37,14 +38,15 @@ from moe_serve.types import Routing
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("auto", "cpu", "reference")
+KERNELS = ("auto", "cpu", "reference", "triton")
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One implementation of every kernel of the forward pass.
 
-    name: "cpu" or "reference"; isa: the native kernels' instruction set; reason: why these were
+    name: "cpu", "reference" or "triton"; device: where all tensors are that they are given; isa:
+    the native kernels' instruction set; reason: why these were
     chosen. numerics_id names implementation and instruction set: two engines with the same id,
     model and dtype give the same bits. build_forward makes the whole forward pass one call, of the
     same bits; None where there is no such thing.
@@ -54,6 +56,7 @@ class Kernels:
     isa: str | None
     reason: str
     numerics_id: str
+    device: torch.device
     pack: Callable[[Tensor], Any]
     linear: Callable[..., Tensor]
     gather: Callable[[Any, Tensor], Tensor]
@@ -78,15 +81,22 @@ class Kernels:
     build_forward: Callable[..., forward_cpu.Forward] | None = None
 
 
-def load(name: str = "auto", isa: str = "auto") -> Kernels:
-    """Return the kernels of an implementation: "cpu", "reference", or "auto", the faster one here.
+def load(name: str = "auto", isa: str = "auto", numerics: Numerics = "exact") -> Kernels:
+    """Return an implementation's kernels: "cpu", "reference", "triton", or "auto", the best here.
 
-    isa: the native kernels' instruction set, or "auto". Plain C++ is 5 to 30 times slower than
-    torch with AVX2 (docs/log.md), so it serves only where it is asked for. Raises ConfigError for
-    what is not to be had here.
+    isa: the native kernels' instruction set, or "auto". numerics: whether those of a GPU may choose
+    their tiles by the number of rows. "triton" without a GPU is interpreted: for tests. Plain C++
+    is 5 to 30 times slower than torch with AVX2 (docs/log.md), so it serves only where it is asked
+    for. Raises ConfigError for what is not to be had here.
     """
     if name not in KERNELS:
         raise ConfigError(f"kernels is {name!r}; there are: {', '.join(KERNELS)}")
+    if numerics not in NUMERICS:
+        raise ConfigError(f"numerics is {numerics!r}; there are: {', '.join(NUMERICS)}")
+    if name == "triton":
+        if isa != "auto":
+            raise ConfigError(f"isa is {isa!r}, but the Triton kernels have none; leave it out")
+        return _triton(numerics, "asked for")
     if name == "reference":
         if isa != "auto":
             raise ConfigError(f"isa is {isa!r}, but the reference kernels have none; leave it out")
@@ -116,6 +126,7 @@ def _cpu(native: loader.Native, reason: str) -> Kernels:
         isa=native.isa,
         reason=reason,
         numerics_id=f"cpu{loader.ABI}-{native.isa}",
+        device=torch.device("cpu"),
         pack=linear.pack,
         linear=linear.linear,
         gather=linear.gather,
@@ -147,6 +158,7 @@ def _reference(reason: str) -> Kernels:
         isa=None,
         reason=reason,
         numerics_id=f"reference-torch{torch.__version__.split('+')[0]}-{_torch_capability()}",
+        device=torch.device("cpu"),
         pack=linear_reference.pack,
         linear=linear_reference.linear,
         gather=linear_reference.gather,
@@ -168,6 +180,53 @@ def _reference(reason: str) -> Kernels:
         unpack_rows=exchange_reference.unpack_rows,
         scatter_rows=exchange_reference.scatter_rows,
         sampling=sampling_reference,
+    )
+
+
+def _triton(numerics: Numerics, reason: str) -> Kernels:
+    try:
+        from moe_serve.kernels.gpu import triton as gpu
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ConfigError(
+            "kernels is 'triton', but Triton is not installed (pip install triton)"
+        ) from error
+    from moe_serve.kernels.combine import triton as combine_triton
+    from moe_serve.kernels.linear import triton as linear_triton
+    from moe_serve.kernels.moe import triton as moe_triton
+    from moe_serve.kernels.paged_attention import triton as attention_triton
+    from moe_serve.kernels.rms_norm import triton as norm_triton
+    from moe_serve.kernels.rope import triton as rope_triton
+    from moe_serve.kernels.router import triton as router_triton
+    from moe_serve.kernels.sampling import triton as sampling_triton
+
+    linear, moe = linear_triton.LinearKernels(numerics), moe_triton.MoeKernels(numerics)
+    if gpu.IS_INTERPRETED:
+        logger.warning("kernels: triton without a GPU is interpreted: very slow, for tests")
+    return replace(
+        _reference(reason),
+        name="triton",
+        numerics_id=gpu.numerics_id(numerics),
+        device=gpu.device(),
+        pack=linear.pack,
+        linear=linear.linear,
+        gather=linear.gather,
+        record_layout=moe_triton.RECORD_LAYOUT,
+        record_bytes=moe.record_bytes,
+        pack_records_=moe.pack_records_,
+        moe=moe.moe,
+        silu_and_mul=moe.silu_and_mul,
+        plan_attention=attention_triton.plan,
+        paged_attention=attention_triton.build(numerics),
+        rms_norm=norm_triton.rms_norm,
+        add_rms_norm=norm_triton.add_rms_norm,
+        rope_write_kv=rope_triton.rope_write_kv,
+        route=router_triton.route,
+        sort_pairs=router_triton.sort_pairs,
+        shared_weights=router_triton.shared_weights,
+        combine=combine_triton.combine,
+        sampling=sampling_triton,
     )
 
 

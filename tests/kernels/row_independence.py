@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.kernels.implementations import NATIVE
+from tests.kernels.implementations import INTERPRETED, NATIVE
 
+_MOST_INTERPRETED = 24  # rows
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -26,9 +27,9 @@ def mixes(name: str, num_rows: int, seed: int) -> list[tuple[Tensor, int]]:
     """Return random choices of rows (int64, shuffled, 1 to num_rows) and numbers of threads.
 
     Three of four are of few rows. Native kernels get 200, of 1 to 4 threads; the reference 20, of 1
-    and 2, as it asks torch anew about each number of threads.
+    and 2, as it asks torch anew about each number of threads; those that are interpreted 8, of 1.
     """
-    count, max_threads = (200, 4) if name in NATIVE else (20, 2)
+    count, max_threads = (200, 4) if name in NATIVE else (8, 1) if name in INTERPRETED else (20, 2)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for turn in range(count):
@@ -46,7 +47,10 @@ def check_rows(
     """Check that `run`, of any choice of rows (int64), gives those rows of what all of them give.
 
     run: returns tensors with a row for each that it is given. Changes torch's number of threads.
+    Of what is interpreted only the first rows are tried.
     """
+    if name in INTERPRETED:
+        num_rows = min(num_rows, _MOST_INTERPRETED)
     whole = run(torch.arange(num_rows))
     for rows, threads in mixes(name, num_rows, seed):
         torch.set_num_threads(threads)

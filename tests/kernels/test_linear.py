@@ -10,10 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_serve.kernels.gpu import gemm_tiles
+from moe_serve.kernels.gpu.gemm_tiles import Tiles
 from moe_serve.kernels.linear import reference
 from moe_serve.kernels.linear.cpu import LinearKernels
 from moe_serve.kernels.native.loader import Native
-from tests.kernels.implementations import DTYPES, EACH, EACH_NATIVE, kernels
+from tests.kernels.implementations import (
+    DTYPES,
+    EACH,
+    EACH_NATIVE,
+    IMPLEMENTATIONS,
+    NATIVE,
+    TRITON,
+    kernels,
+)
 from tests.kernels.row_independence import check_rows, same_bits
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # relative to the largest product
@@ -31,14 +41,26 @@ def _dtypes() -> list[tuple[torch.dtype, torch.dtype]]:
     return [(t, t) for t in (torch.float32, torch.bfloat16)] + [(torch.bfloat16, torch.float32)]
 
 
+# beside the edges of a GPU's tiles, and of parts of a sum that is split
+TILED_SHAPES = [(16, 128, 64), (17, 127, 65), (64, 1025, 3), (65, 64, 129), (130, 513, 5)]
+EACH_TRITON = pytest.mark.parametrize("name", TRITON)
+# numpy, behind Triton's interpreter, warns of what a GPU computes in silence
+UNUSUAL = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
 WIDTHS = pytest.mark.parametrize(
     ("narrow", "dtype"), _dtypes(), ids=["fp32", "bf16", "bf16-rows-fp32-weight"]
 )
 
 
-@EACH
 @WIDTHS
-@pytest.mark.parametrize(("rows", "size_in", "size_out"), SHAPES)
+@pytest.mark.parametrize(
+    ("name", "rows", "size_in", "size_out"),
+    [
+        (name, *shape)
+        for name in IMPLEMENTATIONS
+        for shape in (SHAPES[:9] + TILED_SHAPES if name in TRITON else SHAPES)
+    ],
+)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_equals_float64(
     name: str,
@@ -111,7 +133,7 @@ def test_padding_of_a_packed_weight_is_zero(name: str, dtype: torch.dtype) -> No
     assert int((packed == 0).sum()) == packed.numel() - 33 * 7
 
 
-@EACH_NATIVE
+@pytest.mark.parametrize("name", [*NATIVE, *TRITON])
 @WIDTHS
 def test_strides_do_not_matter(name: str, narrow: torch.dtype, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -168,6 +190,107 @@ def test_rows_do_not_see_each_other_in_any_mix(
     check_rows(name, 210, size_in, lambda rows: (kernels(name).linear(inputs[rows], packed),))
 
 
+@pytest.mark.parametrize("size_in", [200, 1024])
+@WIDTHS
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+def test_rows_do_not_see_each_other_on_a_gpu(
+    narrow: torch.dtype, dtype: torch.dtype, size_in: int
+) -> None:
+    torch.manual_seed(0)
+    inputs, weight = cancelling(140, size_in, 40, narrow)
+    weight, gpu = weight.to(dtype), kernels("triton-exact")
+    assert int(gpu.linear(inputs, weight).count_nonzero()) > 1000, "no rounding to compare"
+    check_rows("triton-exact", 140, size_in, lambda rows: (gpu.linear(inputs[rows], weight),))
+
+
+@DTYPES
+@pytest.mark.parametrize("size_in", [1024, 1300])
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+def test_one_program_adds_as_many_programs_do(
+    dtype: torch.dtype, size_in: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    inputs, weight = cancelling(70, size_in, 40, dtype)
+    gpu, kind = kernels("triton-exact"), gemm_tiles.operands(dtype, dtype)
+    assert gemm_tiles.schedule("exact", kind, 70, 40, size_in).is_spread
+    want = gpu.linear(inputs, weight)
+    monkeypatch.setattr(gemm_tiles, "MOST_SPREAD_TILES", 0)
+    assert not gemm_tiles.schedule("exact", kind, 70, 40, size_in).is_spread
+    assert same_bits(gpu.linear(inputs, weight), want)
+    # nor do taller tiles show
+    (tiles,) = gemm_tiles.LINEAR["exact"][kind][1]
+    taller = Tiles(2 * tiles.rows, tiles.columns, tiles.depth, 8, 3)
+    monkeypatch.setitem(gemm_tiles.LINEAR["exact"], kind, {1: (taller,)})
+    assert same_bits(gpu.linear(inputs, weight), want)
+
+
+@EACH_TRITON
+@pytest.mark.usefixtures("poisoned_empty")
+def test_a_call_leaves_nothing_for_the_next(name: str) -> None:
+    torch.manual_seed(0)
+    inputs, weight = cancelling(5, 1100, 70, torch.bfloat16)
+    other = torch.randn(33, 1500).bfloat16()
+    want = kernels(name).linear(inputs, weight)
+    for _ in range(2):
+        kernels(name).linear(torch.randn(20, 1500).bfloat16(), other)
+        assert same_bits(kernels(name).linear(inputs, weight), want)
+
+
+@EACH_TRITON
+@WIDTHS
+def test_a_gpu_is_not_waited_for(name: str, narrow: torch.dtype, dtype: torch.dtype) -> None:
+    from tests.kernels.no_waiting import no_waiting  # which needs Triton
+
+    weight, bias = torch.randn(20, 600).to(dtype), torch.randn(20).to(dtype)
+    for rows in (0, 1, 70):
+        inputs = torch.randn(rows, 600).to(narrow)
+        ids = torch.arange(rows) % 20
+        with no_waiting():
+            packed = kernels(name).pack(weight)
+            kernels(name).linear(inputs, packed, bias)
+            kernels(name).gather(packed, ids)
+
+
+@EACH_TRITON
+@pytest.mark.parametrize("size_in", [1, 4, 200])
+def test_a_router_s_product_is_as_fine_as_float32(name: str, size_in: int) -> None:
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(70, size_in).bfloat16(), torch.randn(30, size_in)
+    got = kernels(name).linear(inputs, kernels(name).pack(weight)).double()
+    size = inputs.double().abs() @ weight.double().abs().T
+    assert bool(((got - inputs.double() @ weight.double().T).abs() <= 2**-22 * size).all())
+
+
+@pytest.mark.gpu
+@WIDTHS
+@pytest.mark.parametrize(("size_out", "size_in"), [(5120, 2048), (2048, 4096), (20000, 512)])
+def test_the_number_of_rows_does_not_show_on_a_gpu(
+    narrow: torch.dtype, dtype: torch.dtype, size_out: int, size_in: int
+) -> None:
+    torch.manual_seed(0)
+    gpu = kernels("triton-exact")
+    inputs, weight = cancelling(2000, size_in, size_out, narrow)
+    inputs, packed = inputs.to(gpu.device), gpu.pack(weight.to(gpu.device, dtype))
+    whole = gpu.linear(inputs, packed)
+    assert int(whole.count_nonzero()) > 1000, "no rounding to compare"
+    for count in (1, 2, 16, 63, 65, 128, 129, 300, 700):
+        rows = torch.randperm(2000)[:count].to(gpu.device)
+        assert same_bits(gpu.linear(inputs[rows], packed), whole[rows]), count
+
+
+@EACH_TRITON
+def test_rows_may_be_far_apart(name: str) -> None:
+    torch.manual_seed(0)
+    memory = torch.empty(2**31 + 2 * 100, dtype=torch.bfloat16)  # of which two rows are touched
+    rows = memory.as_strided((2, 100), (2**31 + 100, 1))
+    rows.copy_(torch.randn(2, 100))
+    weight = torch.randn(5, 100).bfloat16()
+    want = kernels(name).linear(rows.clone(), weight)
+    assert same_bits(kernels(name).linear(rows, weight), want)
+
+
+@UNUSUAL
 @EACH
 @WIDTHS
 @pytest.mark.parametrize("size_in", [64, 63])

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
 from moe_serve.kernels.paged_attention import cpu, reference
 from moe_serve.kernels.suite import Kernels
-from tests.kernels.implementations import IMPLEMENTATIONS, kernels
+from tests.kernels.implementations import IMPLEMENTATIONS, NATIVE, TRITON, kernels
+from tests.kernels.paged_cache import attend, by_hand, cached
 from tests.kernels.row_independence import same_bits
 
-NATIVE = [name for name in IMPLEMENTATIONS if name != "reference"]
+# what is interpreted has fewer cases, in test_paged_attention_triton.py
+COMPILED = [name for name in IMPLEMENTATIONS if name not in TRITON]
 # relative: the result's one rounding, and what float32 adds
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=COMPILED)
 def implementation(request: pytest.FixtureRequest) -> Kernels:
+    return kernels(request.param)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def each(request: pytest.FixtureRequest) -> Kernels:
     return kernels(request.param)
 
 
@@ -35,83 +40,6 @@ def native(request: pytest.FixtureRequest) -> Kernels:
         plan = chosen.plan_attention((count,), (64,), table, 64, None)
         assert chosen.paged_attention(nan[0, :count], *caches, plan, 1.0).isnan().all()
     return chosen
-
-
-@dataclass
-class Cached:
-    """Sequences with their keys and values, in order and in a shuffled paged cache."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    key_cache: Tensor
-    value_cache: Tensor
-    table: Tensor
-    block_size: int
-
-
-def _cached(
-    lengths: list[int], block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int
-) -> Cached:
-    torch.manual_seed(seed)
-    keys = [torch.randn(length, kv_heads, head_dim).to(dtype) for length in lengths]
-    values = [torch.randn(length, kv_heads, head_dim).to(dtype) for length in lengths]
-    width = -(-max(lengths) // block_size)
-    num_blocks = sum(-(-length // block_size) for length in lengths)
-    ids = (torch.randperm(num_blocks) + 1).tolist()
-    shape = (num_blocks + 1, block_size, kv_heads, head_dim)
-    # what other requests left: must never show
-    key_cache, value_cache = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
-    key_cache[0], value_cache[0] = 0, 0
-    table = torch.zeros(len(lengths), width, dtype=torch.int32)
-    for row, length in enumerate(lengths):
-        for index in range(-(-length // block_size)):
-            block = ids.pop()
-            table[row, index] = block
-            part = slice(index * block_size, min((index + 1) * block_size, length))
-            key_cache[block, : part.stop - part.start] = keys[row][part]
-            value_cache[block, : part.stop - part.start] = values[row][part]
-    return Cached(
-        keys,
-        values,
-        key_cache.flatten(0, 1).transpose(0, 1).contiguous(),
-        value_cache.flatten(0, 1).transpose(0, 1).contiguous(),
-        table,
-        block_size,
-    )
-
-
-def _run(
-    implementation: Kernels, cached: Cached, queries: list[Tensor], contexts: list[int],
-    rows: list[int], window: int | None, sinks: Tensor | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """Attend with the last queries of some sequences, each at its context length."""
-    lens = tuple(len(query) for query in queries)
-    table = cached.table[rows]
-    plan = implementation.plan_attention(lens, tuple(contexts), table, cached.block_size, window)
-    scale = queries[0].shape[-1] ** -0.5
-    out = implementation.paged_attention(
-        torch.cat(queries), cached.key_cache, cached.value_cache, plan, scale, sinks
-    )
-    return list(torch.split(out, list(lens)))
-
-
-def _by_hand(
-    query: Tensor, keys: Tensor, values: Tensor, window: int | None, sinks: Tensor | None
-) -> Tensor:
-    """The same in float64 over plain keys; query: the last tokens of the context."""
-    count, heads, head_dim = query.shape
-    length, kv_heads, _ = keys.shape
-    keys, values = (t.double().repeat_interleave(heads // kv_heads, dim=1) for t in (keys, values))
-    scores = torch.einsum("qhd,khd->hqk", query.double(), keys) * head_dim**-0.5
-    at = torch.arange(length - count, length)[:, None]
-    seen = torch.arange(length)[None, :]
-    hidden = seen > at if window is None else (seen > at) | (seen <= at - window)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    if sinks is not None:
-        sink = sinks.double()[:, None, None].expand(-1, count, -1)
-        scores = torch.cat([scores, sink], -1)
-    weights = torch.softmax(scores, -1)[..., :length]
-    return torch.einsum("hqk,khd->qhd", weights, values)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 37, 64])
@@ -130,12 +58,12 @@ def test_equals_float64(
 ) -> None:
     lengths = [1, 63, 64, 65, 300, 201]
     chunks = [1, 1, 30, 1, 300, 2]
-    cached = _cached(lengths, block_size, kv_heads, head_dim, torch.float32, seed=0)
+    cache = cached(lengths, block_size, kv_heads, head_dim, torch.float32, seed=0)
     queries = [torch.randn(chunk, heads, head_dim) for chunk in chunks]
     sinks = torch.randn(heads) if has_sinks else None
-    got = _run(implementation, cached, queries, lengths, list(range(6)), window, sinks)
+    got = attend(implementation, cache, queries, lengths, list(range(6)), window, sinks)
     for row in range(6):
-        want = _by_hand(queries[row], cached.keys[row], cached.values[row], window, sinks)
+        want = by_hand(queries[row], cache.keys[row], cache.values[row], window, sinks)
         torch.testing.assert_close(got[row].double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -149,13 +77,13 @@ def test_native_equals_float64_in_every_shape(
     native: Kernels, dtype: torch.dtype, group: int, head_dim: int
 ) -> None:
     lengths, chunks = [1, 2100, 1100, 130, 40], [1, 1, 100, 3, 40]
-    cached = _cached(lengths, 16, 2, head_dim, dtype, seed=group)
+    cache = cached(lengths, 16, 2, head_dim, dtype, seed=group)
     queries = [torch.randn(chunk, 2 * group, head_dim).to(dtype) for chunk in chunks]
     sinks = torch.randn(2 * group)
     for window in (None, 1050):
-        got = _run(native, cached, queries, lengths, list(range(5)), window, sinks)
+        got = attend(native, cache, queries, lengths, list(range(5)), window, sinks)
         for row in range(5):
-            want = _by_hand(queries[row], cached.keys[row], cached.values[row], window, sinks)
+            want = by_hand(queries[row], cache.keys[row], cache.values[row], window, sinks)
             assert got[row].dtype == dtype
             torch.testing.assert_close(got[row].double(), want, rtol=TOLERANCE[dtype], atol=1e-5)
 
@@ -179,16 +107,16 @@ def test_a_query_does_not_see_the_batch(
     firsts = [
         max(0, length - (350 if length < 1000 else 100)) for length in lengths
     ]  # queries before them never run
-    cached = _cached(lengths, 16, kv_heads, head_dim, dtype, seed=1)
-    other = _cached(lengths, 7, kv_heads, head_dim, dtype, seed=1)  # the same, other blocks
+    cache = cached(lengths, 16, kv_heads, head_dim, dtype, seed=1)
+    other = cached(lengths, 7, kv_heads, head_dim, dtype, seed=1)  # the same, other blocks
     queries = [
         torch.randn(length - first, heads, head_dim).to(dtype)
         for length, first in zip(lengths, firsts, strict=True)
     ]
     sinks = torch.randn(heads)
     num_rows = len(lengths)
-    assert same_bits(cached.keys[3], other.keys[3])
-    whole = _run(implementation, cached, queries, lengths, list(range(num_rows)), window, sinks)
+    assert same_bits(cache.keys[3], other.keys[3])
+    whole = attend(implementation, cache, queries, lengths, list(range(num_rows)), window, sinks)
     chance = random.Random(0)
     for _ in range(25):
         rows = chance.sample(range(num_rows), chance.randint(1, num_rows))
@@ -202,9 +130,9 @@ def test_a_query_does_not_see_the_batch(
             for row, start, end in zip(rows, starts, ends, strict=True)
         ]
         torch.set_num_threads(chance.choice([1, 2, 4]))
-        got = _run(
+        got = attend(
             implementation,
-            chance.choice([cached, other]),
+            chance.choice([cache, other]),
             [queries[row][part] for row, part in zip(rows, parts, strict=True)],
             ends,
             rows,
@@ -222,20 +150,22 @@ def test_who_works_out_the_spans_changes_no_bit(
 ) -> None:
     # alone, each span of 1024 keys is an item; beside 64 others all spans of a tile are one
     lengths = [3300, *([2] * 64)]
-    cached = _cached(lengths, 16, 1, 32, dtype, seed=3)
+    cache = cached(lengths, 16, 1, 32, dtype, seed=3)
     queries = [torch.randn(200 if length > 2 else 1, 4, 32).to(dtype) for length in lengths]
     torch.set_num_threads(2)
-    alone = _run(native, cached, queries[:1], lengths[:1], [0], window)[0]
-    among = _run(native, cached, queries, lengths, list(range(65)), window)[0]
+    alone = attend(native, cache, queries[:1], lengths[:1], [0], window)[0]
+    among = attend(native, cache, queries, lengths, list(range(65)), window)[0]
     assert same_bits(alone, among)
 
 
-def test_one_querys_nan_stays_with_it(implementation: Kernels) -> None:
-    cached = _cached([40, 40], 16, 2, 8, torch.float32, seed=2)
+# Triton's interpreter warns of what is no error on a GPU
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+def test_one_querys_nan_stays_with_it(each: Kernels) -> None:
+    cache = cached([40, 40], 16, 2, 8, torch.float32, seed=2)
     queries = [torch.randn(1, 4, 8) for _ in range(2)]
-    clean = _run(implementation, cached, queries, [40, 40], [0, 1], None)
+    clean = attend(each, cache, queries, [40, 40], [0, 1], None)
     queries[0] = torch.full((1, 4, 8), float("nan"))
-    spoilt = _run(implementation, cached, queries, [40, 40], [0, 1], None)
+    spoilt = attend(each, cache, queries, [40, 40], [0, 1], None)
     assert bool(spoilt[0].isnan().all())
     assert same_bits(spoilt[1], clean[1])
 
@@ -246,13 +176,13 @@ def test_one_querys_nan_stays_with_it(implementation: Kernels) -> None:
 def test_a_key_that_is_not_seen_may_be_nan(
     native: Kernels, dtype: torch.dtype, bad: float, group: int
 ) -> None:
-    cached = _cached([200], 16, 1, 16, dtype, seed=4)
+    cache = cached([200], 16, 1, 16, dtype, seed=4)
     queries = [torch.randn(200, group, 16).to(dtype)]
-    clean = _run(native, cached, queries, [200], [0], 50)[0]
-    slot = int(cached.table[0, 100 // 16]) * 16 + 100 % 16
-    cached.key_cache[:, slot] = bad
-    cached.value_cache[:, slot] = bad
-    spoilt = _run(native, cached, queries, [200], [0], 50)[0]
+    clean = attend(native, cache, queries, [200], [0], 50)[0]
+    slot = int(cache.table[0, 100 // 16]) * 16 + 100 % 16
+    cache.key_cache[:, slot] = bad
+    cache.value_cache[:, slot] = bad
+    spoilt = attend(native, cache, queries, [200], [0], 50)[0]
     assert same_bits(spoilt[:100], clean[:100])
     assert bool(spoilt[100:150].isnan().all(-1).any(-1).all())
     assert same_bits(spoilt[150:], clean[150:])
@@ -291,28 +221,29 @@ def test_a_native_plan_has_every_token_at_its_position(
     assert got == [(row, *place) for row, place in enumerate(places)]
 
 
-def test_no_tokens(implementation: Kernels) -> None:
-    table = torch.zeros(0, 1, dtype=torch.int32)
-    caches = [torch.zeros(2, 32, 16) for _ in range(2)]
-    plan = implementation.plan_attention((), (), table, 16, None)
-    out = implementation.paged_attention(torch.zeros(0, 4, 16), *caches, plan, 1.0)
+def test_no_tokens(each: Kernels) -> None:
+    device = each.device
+    table = torch.zeros(0, 1, dtype=torch.int32, device=device)
+    caches = [torch.zeros(2, 32, 16, device=device) for _ in range(2)]
+    plan = each.plan_attention((), (), table, 16, None)
+    out = each.paged_attention(torch.zeros(0, 4, 16, device=device), *caches, plan, 1.0)
     assert out.shape == (0, 4, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_tensors_may_have_gaps(native: Kernels, dtype: torch.dtype) -> None:
-    cached = _cached([70, 90], 16, 2, 20, dtype, seed=5)
-    fused = torch.randn(31, 8, 20).to(dtype)
-    plan = native.plan_attention((1, 30), (70, 90), cached.table, 16, None)
-    caches = (cached.key_cache, cached.value_cache)
-    want = native.paged_attention(fused[:, :4].clone(), *caches, plan, 0.3)
-    assert same_bits(native.paged_attention(fused[:, :4], *caches, plan, 0.3), want)
+def test_tensors_may_have_gaps(each: Kernels, dtype: torch.dtype) -> None:
+    cache = cached([70, 90], 16, 2, 20, dtype, seed=5)
+    fused = torch.randn(31, 8, 20).to(each.device, dtype)
+    plan = each.plan_attention((1, 30), (70, 90), cache.table.to(each.device), 16, None)
+    caches = (cache.key_cache.to(each.device), cache.value_cache.to(each.device))
+    want = each.paged_attention(fused[:, :4].clone(), *caches, plan, 0.3)
+    assert same_bits(each.paged_attention(fused[:, :4], *caches, plan, 0.3), want)
     apart = fused[:, ::2].clone().transpose(0, 1).contiguous().transpose(0, 1)
-    want_apart = native.paged_attention(apart.contiguous(), *caches, plan, 0.3)
-    assert same_bits(native.paged_attention(apart, *caches, plan, 0.3), want_apart)
+    want_apart = each.paged_attention(apart.contiguous(), *caches, plan, 0.3)
+    assert same_bits(each.paged_attention(apart, *caches, plan, 0.3), want_apart)
     both = torch.stack(caches, 1)  # [num_kv_heads, 2, num_slots, head_dim]
-    assert same_bits(native.paged_attention(fused[:, :4], both[:, 0], both[:, 1], plan, 0.3), want)
+    assert same_bits(each.paged_attention(fused[:, :4], both[:, 0], both[:, 1], plan, 0.3), want)
     wide = torch.cat(caches, 2)  # a key and its value side by side
     assert same_bits(
-        native.paged_attention(fused[:, :4], wide[..., :20], wide[..., 20:], plan, 0.3), want
+        each.paged_attention(fused[:, :4], wide[..., :20], wide[..., 20:], plan, 0.3), want
     )

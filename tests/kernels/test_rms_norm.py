@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from moe_serve.kernels.rms_norm import reference
-from tests.kernels.implementations import DTYPES, EACH, kernels
+from tests.kernels.host_sync import no_host_sync
+from tests.kernels.implementations import (
+    DTYPES,
+    EACH_EXACT,
+    EACH_ON_A_GPU,
+    each_exact_with,
+    kernels,
+)
 from tests.kernels.row_independence import check_rows, same_bits
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # two roundings
@@ -19,13 +26,16 @@ def _norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(weight.dtype).double() * weight.double()
 
 
-@EACH
+@EACH_EXACT
 @DTYPES
 @pytest.mark.parametrize(
     "shape",
-    [(0, 8), (1, 1), (1, 7), (2, 15), (5, 17), (3, 31), (15, 33), (9, 63), (7, 100), (17, 1000)],
+    [
+        (0, 8), (1, 1), (1, 7), (2, 15), (5, 17), (3, 31), (15, 33), (9, 63), (33, 64), (9, 65),
+        (7, 100), (17, 1000), (2, 1025), (2, 4097), (1, 9000),
+    ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.usefixtures("poisoned_empty")
 def test_equals_float64(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -49,7 +59,7 @@ def test_more_than_two_dimensions() -> None:
     assert same_bits(got, reference.rms_norm(rows.view(15, 32), weight, 1e-5).view(5, 3, 32))
 
 
-@EACH
+@EACH_EXACT
 def test_rounds_where_it_says(name: str) -> None:
     torch.manual_seed(0)
     rows, residual = torch.randn(2, 90, 100, dtype=torch.bfloat16).unbind(0)
@@ -62,7 +72,7 @@ def test_rounds_where_it_says(name: str) -> None:
     assert int((normed != want).sum()) < 0.005 * want.numel()
 
 
-@EACH
+@EACH_EXACT
 @DTYPES
 def test_the_input_is_left_as_it_was_and_strides_do_not_matter(
     name: str, dtype: torch.dtype
@@ -80,9 +90,8 @@ def test_the_input_is_left_as_it_was_and_strides_do_not_matter(
         assert same_bits(got, expected)
 
 
-@EACH
 @DTYPES
-@pytest.mark.parametrize("size", [64, 256, 1024, 2048])
+@each_exact_with("size", [64, 256, 1024, 2048], interpreted=[64, 2048])
 def test_rows_do_not_see_each_other(name: str, dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(0)
     # wide in range, so that sums in another order round otherwise
@@ -96,7 +105,7 @@ def test_rows_do_not_see_each_other(name: str, dtype: torch.dtype, size: int) ->
     check_rows(name, 150, size, run)
 
 
-@EACH
+@EACH_EXACT
 @DTYPES
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row(name: str, dtype: torch.dtype, bad: float) -> None:
@@ -110,3 +119,25 @@ def test_what_is_not_finite_stays_in_its_row(name: str, dtype: torch.dtype, bad:
     assert bool(got[places].isnan().any(-1).all())
     sound = torch.ones(20, dtype=torch.bool).index_fill(0, places, False)
     assert same_bits(got[sound], want[sound])
+
+
+@EACH_EXACT
+@DTYPES
+def test_rows_may_begin_anywhere_in_memory(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    memory, weight = torch.randn(3, 129).to(dtype).flatten(), torch.randn(128).to(dtype)
+    for start in range(3):
+        rows = memory[start : start + 256].view(2, 128)
+        want = kernels(name).add_rms_norm(rows.clone(), rows.clone(), weight, 1e-6)
+        for got, expected in zip(
+            kernels(name).add_rms_norm(rows, rows, weight, 1e-6), want, strict=True
+        ):
+            assert same_bits(got, expected)
+
+
+@EACH_ON_A_GPU
+def test_never_waits_for_the_device(name: str) -> None:
+    rows, weight = torch.randn(5, 64), torch.randn(64)
+    with no_host_sync():
+        kernels(name).rms_norm(rows, weight, 1e-6)
+        kernels(name).add_rms_norm(rows, rows, weight, 1e-6)

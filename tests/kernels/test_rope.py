@@ -9,7 +9,15 @@ from torch import Tensor
 from moe_serve.kernels.rope import reference
 from moe_serve.kernels.rope.base import Heads
 from moe_serve.layers.rope import RopeSpec, rope_table
-from tests.kernels.implementations import DTYPES, EACH, kernels
+from tests.kernels.host_sync import no_host_sync
+from tests.kernels.implementations import (
+    DTYPES,
+    EACH_EXACT,
+    EACH_ON_A_GPU,
+    INTERPRETED,
+    each_exact_with,
+    kernels,
+)
 from tests.kernels.row_independence import check_rows, same_bits
 
 NUM_POSITIONS = 300
@@ -82,7 +90,7 @@ def _by_hand(qkv: Tensor, heads: Heads, positions: Tensor) -> tuple[Tensor, Tens
     return query, key, clipped(parts[2])
 
 
-@EACH
+@EACH_EXACT
 @DTYPES
 @KINDS
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SIZES)
@@ -92,7 +100,7 @@ def test_equals_float64_and_writes_nowhere_else(
 ) -> None:
     heads = _heads(num_heads, num_kv_heads, head_dim, dtype, kind)
     num_slots = 40
-    for num_tokens in (0, 1, 13):
+    for num_tokens in (0, 1, 4 if name in INTERPRETED else 13):
         qkv = torch.randn(num_tokens, heads.qkv_width).to(dtype)
         positions = torch.randint(0, NUM_POSITIONS, (num_tokens,))
         slots = torch.randperm(num_slots)[:num_tokens]
@@ -132,16 +140,17 @@ def test_a_score_depends_on_the_distance_alone() -> None:
     assert abs(score(10, 3) - score(10, 4)) > 1e-3
 
 
-@EACH
 @DTYPES
-@pytest.mark.parametrize(
-    ("kind", "num_heads", "head_dim"),
+@each_exact_with(
+    "shape",
     # 64, 256, 1024 and 2048 elements in what is normed, or rotated
     [("head", 2, 64), ("plain", 4, 64), ("head", 2, 256), ("full-clip", 8, 128), ("full", 16, 128)],
+    interpreted=[("head", 2, 64), ("full", 16, 128)],
 )
 def test_tokens_do_not_see_each_other(
-    name: str, dtype: torch.dtype, kind: str, num_heads: int, head_dim: int
+    name: str, dtype: torch.dtype, shape: tuple[str, int, int]
 ) -> None:
+    kind, num_heads, head_dim = shape
     heads = _heads(num_heads, 2, head_dim, dtype, kind)
     # wide in range, so that sums in another order round otherwise
     qkv = torch.randn(50, heads.qkv_width) * 10 ** (torch.rand(50, heads.qkv_width) * 4 - 2)
@@ -157,7 +166,7 @@ def test_tokens_do_not_see_each_other(
     check_rows(name, 50, head_dim, run)
 
 
-@EACH
+@EACH_EXACT
 @DTYPES
 @KINDS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -165,8 +174,8 @@ def test_what_is_not_finite_stays_with_its_token(
     name: str, dtype: torch.dtype, kind: str, bad: float
 ) -> None:
     heads = _heads(4, 2, 32, dtype, kind)
-    qkv = torch.randn(9, heads.qkv_width).to(dtype)
-    positions, slots = torch.arange(9), torch.arange(9)
+    qkv = torch.randn(6, heads.qkv_width).to(dtype)
+    positions, slots = torch.arange(6), torch.arange(6)
 
     def run(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = torch.zeros(2, 2, 16, 32, dtype=dtype).unbind(0)
@@ -175,10 +184,70 @@ def test_what_is_not_finite_stays_with_its_token(
 
     broken = qkv.clone()
     broken[4, [3, 4 * 32 + 3, 6 * 32 + 3]] = bad  # a query, a key and a value
-    sound = torch.arange(9) != 4
+    sound = torch.arange(6) != 4
     parts = zip(("query", "key", "value"), run(broken), run(qkv), strict=True)
     for part, got, want in parts:
-        assert same_bits(got[:9][sound], want[:9][sound])
+        assert same_bits(got[:6][sound], want[:6][sound])
         # a NaN is never lost, and a full norm makes one of infinity; what is clipped is finite
         is_clipped = "clip" in kind and bad == bad and (part == "value" or "full" not in kind)
         assert bool(got[4].isfinite().all()) == is_clipped
+
+
+@EACH_ON_A_GPU
+def test_a_negative_slot_is_not_written(name: str) -> None:
+    heads = _heads(4, 2, 32, torch.bfloat16, "head")
+    qkv, positions = torch.randn(5, heads.qkv_width).bfloat16(), torch.arange(5)
+    slots = torch.tensor([3, -1, 1, -1, -1])
+    caches = torch.full((2, 2, 8, 32), 7.0, dtype=torch.bfloat16)
+    want = kernels(name).rope_write_kv(
+        qkv.clone(), heads, positions, torch.arange(5), *torch.zeros_like(caches).unbind(0)
+    )
+    query = kernels(name).rope_write_kv(qkv, heads, positions, slots, *caches.unbind(0))
+    assert same_bits(query, want)
+    is_written = (caches != 7).any(-1)  # [2, num_kv_heads, num_slots]
+    assert is_written.any(1).tolist() == [[False, True, False, True] + [False] * 4] * 2
+
+
+@EACH_ON_A_GPU
+@DTYPES
+def test_a_cache_may_have_strides(name: str, dtype: torch.dtype) -> None:
+    heads = _heads(4, 2, 36, dtype, "head")
+    qkv, positions, slots = (
+        torch.randn(5, heads.qkv_width).to(dtype),
+        torch.arange(5),
+        torch.randperm(8),
+    )
+    want = torch.zeros(2, 2, 8, 36, dtype=dtype)
+    got = torch.zeros(8, 2, 2, 36, dtype=dtype).permute(1, 2, 0, 3)
+    for caches in (want, got):
+        kernels(name).rope_write_kv(qkv.clone(), heads, positions, slots[:5], *caches.unbind(0))
+    assert same_bits(got, want)
+
+
+@EACH_ON_A_GPU
+def test_a_cache_may_be_larger_than_32_bits_tell(name: str) -> None:
+    heads = _heads(1, 3, 8, torch.bfloat16, "plain")
+    qkv, positions, slots = (
+        torch.randn(1, heads.qkv_width).bfloat16(),
+        torch.arange(1),
+        torch.arange(1),
+    )
+    head_stride = 2**30 + 64
+    memory = torch.empty(
+        2 * head_stride + 64, dtype=torch.bfloat16
+    )  # a few pages of which are used
+    key, value = (memory.as_strided((3, 1, 8), (head_stride, 8, 1), start) for start in (0, 16))
+    want = torch.zeros(2, 3, 1, 8, dtype=torch.bfloat16)
+    kernels(name).rope_write_kv(qkv.clone(), heads, positions, slots, *want.unbind(0))
+    kernels(name).rope_write_kv(qkv, heads, positions, slots, key, value)
+    assert same_bits(torch.stack([key, value]), want)
+
+
+@EACH_ON_A_GPU
+@KINDS
+def test_never_waits_for_the_device(name: str, kind: str) -> None:
+    heads = _heads(4, 2, 32, torch.bfloat16, kind)
+    qkv, positions = torch.randn(2, heads.qkv_width).bfloat16(), torch.arange(2)
+    caches = torch.zeros(2, 2, 8, 32, dtype=torch.bfloat16)
+    with no_host_sync():
+        kernels(name).rope_write_kv(qkv, heads, positions, positions, *caches.unbind(0))

@@ -18,7 +18,15 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from moe_serve.kernels.router import reference
 from moe_serve.types import RouterRecipe, RouterScore, Routing
-from tests.kernels.implementations import DTYPES, EACH, kernels
+from tests.kernels.host_sync import no_host_sync
+from tests.kernels.implementations import (
+    DTYPES,
+    EACH_EXACT,
+    EACH_ON_A_GPU,
+    INTERPRETED,
+    each_exact_with,
+    kernels,
+)
 from tests.kernels.row_independence import check_rows, same_bits
 
 HIDDEN = 48
@@ -28,19 +36,20 @@ SCORES: tuple[RouterScore, ...] = ("softmax", "sigmoid", "softmax_after_top_k", 
 def _compare(name: str, router: Any, recipe: RouterRecipe, bias: Tensor | None = None) -> None:
     """Give both the same tokens; experts must be the same sets, weights equal to 1e-6."""
     torch.manual_seed(1)
+    num_tokens = 50 if name in INTERPRETED else 500
     with torch.no_grad():
         router.weight.normal_()
-        hidden = torch.randn(500, HIDDEN)
+        hidden = torch.randn(num_tokens, HIDDEN)
         logits, weights, ids = router(hidden)
         ours = kernels(name).route(logits.float(), recipe, bias)
-    dense = torch.zeros(500, recipe.num_experts)
+    dense = torch.zeros(num_tokens, recipe.num_experts)
     want = dense.scatter(1, ids, weights)
     got = dense.scatter(1, ours.expert_ids, ours.weights)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     assert bool((ours.weights[:, :-1] >= ours.weights[:, 1:]).all()), "heaviest first"
 
 
-@EACH
+@EACH_EXACT
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_softmax_then_top_k(name: str, renormalise: bool) -> None:
     config = Qwen2MoeConfig(
@@ -50,7 +59,7 @@ def test_softmax_then_top_k(name: str, renormalise: bool) -> None:
     _compare(name, Qwen2MoeTopKRouter(config), recipe)
 
 
-@EACH
+@EACH_EXACT
 def test_mixtral_renormalises(name: str) -> None:
     config = MixtralConfig(hidden_size=HIDDEN, num_local_experts=8, num_experts_per_tok=2)
     _compare(
@@ -58,7 +67,7 @@ def test_mixtral_renormalises(name: str) -> None:
     )
 
 
-@EACH
+@EACH_EXACT
 @pytest.mark.parametrize(("num_groups", "top_k_groups"), [(1, 1), (8, 3), (4, 1)])
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_sigmoid_with_bias_and_groups(
@@ -90,7 +99,7 @@ def test_sigmoid_with_bias_and_groups(
     _compare(name, router, recipe, bias)
 
 
-@EACH
+@EACH_EXACT
 def test_softmax_after_top_k(name: str) -> None:
     config = GptOssConfig(hidden_size=HIDDEN, num_local_experts=32, num_experts_per_tok=4)
     router = GptOssTopKRouter(config)
@@ -100,7 +109,7 @@ def test_softmax_after_top_k(name: str) -> None:
     _compare(name, router, recipe)
 
 
-@EACH
+@EACH_EXACT
 def test_square_root_of_softplus(name: str) -> None:
     logits = torch.tensor([[0.0, 3.0, -40.0, 90.0]])
     recipe = RouterRecipe(num_experts=4, top_k=4, score="sqrt_softplus")
@@ -110,7 +119,7 @@ def test_square_root_of_softplus(name: str) -> None:
     torch.testing.assert_close(got.weights[0].double(), want, rtol=1e-5, atol=1e-6)
 
 
-@EACH
+@EACH_EXACT
 def test_ties_go_to_the_lower_id(name: str) -> None:
     logits = torch.zeros(3, 64)
     logits[1, 50] = 1.0
@@ -118,7 +127,7 @@ def test_ties_go_to_the_lower_id(name: str) -> None:
     assert got.expert_ids.tolist() == [[0, 1, 2, 3], [50, 0, 1, 2], [0, 1, 2, 3]]
 
 
-@EACH
+@EACH_EXACT
 def test_a_bias_chooses_but_does_not_weigh(name: str) -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     bias = torch.tensor([0.0, 0.0, 0.0, 5.0])
@@ -151,12 +160,12 @@ def _route(name: str, logits: Tensor, recipe: RouterRecipe, bias: Tensor) -> Rou
     return kernels(name).route(logits, recipe, bias if recipe.has_selection_bias else None)
 
 
-@EACH
+@EACH_EXACT
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "num_groups"),
     [
         (1, 1, 1), (2, 2, 1), (7, 3, 7), (16, 1, 4), (33, 8, 3), (60, 4, 6), (256, 8, 8),
-        (1000, 31, 10),
+        (512, 32, 1), (1000, 31, 10),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("poisoned_integers")
@@ -181,8 +190,7 @@ def test_equals_the_reference_in_float64(
             torch.testing.assert_close(got.weights.double(), want.weights, rtol=1e-5, atol=atol)
 
 
-@EACH
-@pytest.mark.parametrize("num_experts", [64, 256, 1024, 2048])
+@each_exact_with("num_experts", [64, 256, 1024, 2048], interpreted=[64])
 def test_rows_do_not_see_each_other(name: str, num_experts: int) -> None:
     torch.manual_seed(0)
     # a few distinct logits: ties in plenty, and sums that round
@@ -198,7 +206,7 @@ def test_rows_do_not_see_each_other(name: str, num_experts: int) -> None:
     check_rows(name, 100, num_experts, run)
 
 
-@EACH
+@EACH_EXACT
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_with_its_token(name: str, bad: float) -> None:
     torch.manual_seed(0)
@@ -217,7 +225,7 @@ def test_what_is_not_finite_stays_with_its_token(name: str, bad: float) -> None:
             assert all(0 <= expert < 40 for expert in ids)
 
 
-@EACH
+@EACH_EXACT
 def test_strides_do_not_matter(name: str) -> None:
     torch.manual_seed(0)
     logits = torch.randn(9, 40)
@@ -232,17 +240,21 @@ def test_strides_do_not_matter(name: str) -> None:
         assert torch.equal(found, expected)
 
 
-@EACH
+@EACH_EXACT
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts"),
-    [(0, 2, 5), (1, 1, 1), (1, 8, 9), (7, 3, 64), (300, 8, 17), (40, 1, 1), (5, 4, 1000)],
-)
+    [
+        (0, 2, 5), (1, 1, 1), (1, 8, 9), (7, 3, 64), (300, 8, 17), (40, 1, 1), (5, 4, 300),
+        (512, 8, 9), (4097, 1, 3), (700, 6, 40),
+    ],
+)  # fmt: skip
 @pytest.mark.usefixtures("poisoned_integers")
 def test_pairs_are_sorted_by_expert_then_token(
     name: str, num_tokens: int, top_k: int, num_experts: int
 ) -> None:
     torch.manual_seed(0)
-    ids = [torch.randperm(num_experts)[:top_k] for _ in range(num_tokens)]
+    # experts at the end, and some others, have no tokens
+    ids = [torch.randperm(max(top_k, num_experts * 3 // 4))[:top_k] for _ in range(num_tokens)]
     expert_ids = torch.stack(ids) if ids else torch.zeros(0, top_k, dtype=torch.int64)
     counts, row_of_pair, pair_of_choice = kernels(name).sort_pairs(expert_ids, num_experts)
     assert counts.tolist() == [int((expert_ids == e).sum()) for e in range(num_experts)]
@@ -255,7 +267,7 @@ def test_pairs_are_sorted_by_expert_then_token(
             assert pairs[place] == (int(expert_ids[token, choice]), token)
 
 
-@EACH
+@EACH_EXACT
 @DTYPES
 @pytest.mark.parametrize(("rows", "size"), [(0, 8), (1, 1), (3, 7), (17, 33), (5, 100), (40, 1000)])
 @pytest.mark.usefixtures("poisoned_empty")
@@ -269,9 +281,8 @@ def test_shared_weights_equal_float64(name: str, dtype: torch.dtype, rows: int, 
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
-@EACH
 @DTYPES
-@pytest.mark.parametrize("size", [64, 256, 1024, 2048])
+@each_exact_with("size", [64, 256, 1024, 2048], interpreted=[64, 2048])
 def test_shared_weights_do_not_see_other_rows(name: str, dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(0)
     hidden = (torch.randn(100, size) * 10 ** (torch.rand(100, size) * 4 - 2)).to(dtype)
@@ -279,3 +290,16 @@ def test_shared_weights_do_not_see_other_rows(name: str, dtype: torch.dtype, siz
     gate = torch.randn(size) / 50
     check_rows(name, 100, size, lambda rows: (kernels(name).shared_weights(hidden[rows], gate),))
     assert kernels(name).shared_weights(hidden, gate).isnan().nonzero().tolist() == [[7]]
+
+
+@EACH_ON_A_GPU
+def test_never_waits_for_the_device(name: str) -> None:
+    torch.manual_seed(0)
+    logits, bias, hidden = torch.randn(5, 32), torch.randn(32), torch.randn(5, 48)
+    expert_ids = torch.randint(0, 3, (4200, 1))  # more than one kernel sorts
+    with no_host_sync():
+        for recipe in _recipes(32, 4, 4):
+            _route(name, logits, recipe, bias)
+        kernels(name).sort_pairs(expert_ids[:9], 3)
+        kernels(name).sort_pairs(expert_ids, 3)
+        kernels(name).shared_weights(hidden, hidden[0])

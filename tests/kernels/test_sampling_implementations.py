@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moe_serve.kernels.sampling import reference
 from moe_serve.kernels.sampling.base import Sampling
-from tests.kernels.implementations import IMPLEMENTATIONS, kernels
+from tests.kernels.host_sync import no_host_sync
+from tests.kernels.implementations import EXACT, TRITON, is_interpreted, kernels
 from tests.kernels.row_independence import same_bits
 
 CPU = torch.device("cpu")
@@ -26,13 +27,13 @@ SCORE_TOLERANCE = 1e-5
 VOCAB_SIZES = [1, 2, 15, 17, 1000, 32_000]
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=EXACT)
 def sampling(request: pytest.FixtureRequest) -> Sampling:
     found: Sampling = kernels(request.param).sampling
     return found
 
 
-@pytest.fixture(scope="module", params=[i for i in IMPLEMENTATIONS if i != "reference"])
+@pytest.fixture(scope="module", params=[name for name in EXACT if name != "reference"])
 def native(request: pytest.FixtureRequest) -> Sampling:
     found: Sampling = kernels(request.param).sampling
     return found
@@ -198,7 +199,7 @@ def test_tokens_of_a_wide_vocabulary_are_those_of_float64(native: Sampling, spre
         (1.0, 0.001, 10**9, 0.3),
         (5.0, 0.0, 20_000, 0.01),
     ]
-    options = Options(kinds * 8)
+    options = Options(kinds * (2 if is_interpreted(native) else 8))
     logits = rough_logits(len(options.rows), 32_000, 1, spread)
     chosen = options.sampled(native, logits).tolist()
     for row, token in enumerate(chosen):
@@ -210,7 +211,7 @@ def test_noise_is_exact_where_it_decides(
     sampling: Sampling, filters: tuple[float, float, int, float]
 ) -> None:
     """The second best token is brought to within the tolerance of the best one, or past it."""
-    num_rows, vocab_size = 200, 5000
+    num_rows, vocab_size = 40 if is_interpreted(sampling) else 200, 5000
     options = Options([filters] * num_rows)
     logits, expected = torch.zeros(num_rows, vocab_size), []
     for row in range(num_rows):
@@ -222,8 +223,43 @@ def test_noise_is_exact_where_it_decides(
     assert options.sampled(sampling, logits).tolist() == expected
 
 
+@pytest.mark.parametrize("left_out", range(8))
+def test_a_filter_that_no_row_asks_for_may_be_none(sampling: Sampling, left_out: int) -> None:
+    num_rows, vocab_size = 12, 1000
+    logits = rough_logits(num_rows, vocab_size, 3, 3.0)
+    filters = (
+        1.0,
+        0.0 if left_out & 1 else 0.05,
+        10**9 if left_out & 2 else 50,
+        1.0 if left_out & 4 else 0.9,
+    )
+    options = Options([filters, (1.0, 0.0, 10**9, 1.0)] * (num_rows // 2))
+    columns = [
+        column([row[i] for row in options.rows], dtype)
+        for i, dtype in enumerate((torch.float32, torch.float32, torch.int64, torch.float64))
+    ]
+    given = [None if left_out >> i & 1 else part for i, part in enumerate(columns[1:])]
+    hashes = sampling.token_hashes(vocab_size, CPU)
+    got = sampling.sample(logits, columns[0], given[0], given[1], given[2], options.keys, hashes)
+    assert torch.equal(got, options.sampled(sampling, logits))
+
+
+@pytest.mark.parametrize("name", TRITON[:1])
+@pytest.mark.parametrize("is_filtered", [False, True])
+def test_never_waits_for_the_device(name: str, is_filtered: bool) -> None:
+    found = kernels(name).sampling
+    logits, ones = torch.randn(5, 300), torch.ones(5)
+    filters = (ones / 10, torch.arange(1, 6), torch.full((5,), 0.9).double())
+    min_p, top_k, top_p = filters if is_filtered else (None, None, None)
+    keys, hashes = found.row_keys(range(5), range(5)), found.token_hashes(300, CPU)
+    with no_host_sync():
+        ids, _ = found.greedy_checked(logits)
+        found.sample(logits, ones, min_p, top_k, top_p, keys, hashes)
+        found.chosen_logprobs(logits, ids, 3)
+
+
 def test_only_survivors_are_chosen_and_each_of_them_is(sampling: Sampling) -> None:
-    """8,192 draws for each set of filters, of which every survivor has a good share."""
+    """Many draws for each set of filters, of which every survivor has a good share."""
     torch.manual_seed(3)
     row = (torch.randn(17) * 2).to(torch.bfloat16).float()
     row[[3, 9, 12]] = row.amax()  # ties
@@ -234,10 +270,11 @@ def test_only_survivors_are_chosen_and_each_of_them_is(sampling: Sampling) -> No
         (9.0, 0.75, 99, 1.0),
         (9.0, 0.0, 10**9, 1e-6),
     ]:
-        options = Options([filters] * 8192)
-        chosen = options.sampled(sampling, row.expand(8192, -1))
+        count = 20 if is_interpreted(sampling) else 8192
+        chosen = Options([filters] * count).sampled(sampling, row.expand(count, -1))
         expected = acceptable_survivors(row, *filters)
-        assert set(chosen.tolist()) == expected
+        assert set(chosen.tolist()) <= expected
+        assert len(set(chosen.tolist())) == len(expected) or is_interpreted(sampling)
 
 
 def acceptable_survivors(
@@ -253,19 +290,35 @@ def acceptable_survivors(
     return set(order[(before < top_p) | (top_p >= 1)].tolist())
 
 
+def test_min_p_is_a_share_of_the_best_in_the_whole_row(sampling: Sampling) -> None:
+    """Far from the best token are some that would be kept beside the best one there."""
+    row = torch.full((5000,), -30.0)
+    row[4100:] = 6.6
+    row[[17, 4500]] = torch.tensor([10.0, 9.5])
+    options = Options([(1.0, 0.05, 10**9, 1.0)] * 40)
+    chosen = options.sampled(sampling, row.expand(40, -1)).tolist()
+    for key, token in zip(options.keys, chosen, strict=True):
+        assert {token} == acceptable_tokens(row, key, *options.rows[0])
+    assert set(chosen) == {17, 4500}
+
+
 def test_ties_at_the_cut_go_to_the_lower_ids(sampling: Sampling) -> None:
-    logits = torch.zeros(4096, 1000)
+    count = 20 if is_interpreted(sampling) else 4096
+    logits = torch.zeros(count, 1000)
     for top_k, top_p, expected in [
         (1000, 0.0105, range(11)),
         (3, 1.0, range(3)),
         (2, 0.5, range(1)),
         (600, 0.0105, range(7)),  # of the 600: 6.3
     ]:
-        chosen = Options([(1.0, 0.0, top_k, top_p)] * 4096).sampled(sampling, logits)
-        assert set(chosen.tolist()) == set(expected)
+        chosen = Options([(1.0, 0.0, top_k, top_p)] * count).sampled(sampling, logits)
+        assert set(chosen.tolist()) <= set(expected)
+        assert len(set(chosen.tolist())) == len(expected) or is_interpreted(sampling)
 
 
 def test_frequencies_follow_the_filtered_softmax(sampling: Sampling) -> None:
+    if is_interpreted(sampling):
+        pytest.skip("too slow to be interpreted")
     count, vocab_size = 100_000, 40
     row = torch.linspace(-4, 2, vocab_size)[torch.randperm(vocab_size)]
     filters = (1.5, 0.02, 30, 0.95)
@@ -305,17 +358,18 @@ def many_options(count: int) -> Options:
 def test_bits_do_not_depend_on_the_other_rows_or_the_threads(
     native: Sampling, vocab_size: int
 ) -> None:
-    logits = rough_logits(48, vocab_size, 6, 3.0)
-    options = many_options(48)
+    num_rows, num_turns = (12, 4) if is_interpreted(native) else (48, 60)
+    logits = rough_logits(num_rows, vocab_size, 6, 3.0)
+    options = many_options(num_rows)
     top = min(20, vocab_size)
     tokens = options.sampled(native, logits)
     ids, _ = native.greedy_checked(logits)
     logprobs, ranks, top_ids, top_logprobs = native.chosen_logprobs(logits, tokens, top)
     random = np.random.default_rng(7)
-    for turn in range(60):
+    for turn in range(num_turns):
         torch.set_num_threads((1, 2, 4)[turn % 3])
-        size = int(random.integers(1, 49 if turn % 4 == 0 else 5))
-        rows = torch.from_numpy(random.permutation(48)[:size])
+        size = int(random.integers(1, num_rows + 1 if turn % 4 == 0 else 5))
+        rows = torch.from_numpy(random.permutation(num_rows)[:size])
         assert torch.equal(options.sampled(native, logits, rows), tokens[rows])
         assert torch.equal(native.greedy_checked(logits[rows])[0], ids[rows])
         again = native.chosen_logprobs(logits[rows], tokens[rows], top)
@@ -357,7 +411,7 @@ def test_no_rows(sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("top", [0, 1, 20, 600, 1001])
-@pytest.mark.parametrize("vocab_size", [1, 15, 17, 1001])
+@pytest.mark.parametrize("vocab_size", [1, 15, 17, 1001, 5003])
 def test_logprobs_equal_float64(sampling: Sampling, vocab_size: int, top: int) -> None:
     torch.manual_seed(3)
     logits = (torch.randn(9, vocab_size) * 8).to(torch.bfloat16).float()  # with ties

@@ -25,9 +25,9 @@ class Sampling(Protocol):
         self,
         logits: Tensor,
         temperature: Tensor,
-        min_p: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
+        min_p: Tensor | None,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
         keys: Tensor,
         hashes: Tensor,
     ) -> Tensor: ...

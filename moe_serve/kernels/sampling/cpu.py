@@ -57,20 +57,21 @@ class SamplingKernels:
         self,
         logits: Tensor,
         temperature: Tensor,
-        min_p: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
+        min_p: Tensor | None,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
         keys: Tensor,
         hashes: Tensor,
     ) -> Tensor:
         num_rows, vocab_size = logits.shape
         assert hashes.shape == (vocab_size,), (hashes.shape, vocab_size)
         logits = _with_whole_rows(logits)
+        filters = reference.filters_of(logits, min_p, top_k, top_p)
         columns = (
             _column(temperature, torch.float32, num_rows),
-            _column(min_p, torch.float32, num_rows),
-            _column(top_k, torch.int64, num_rows),
-            _column(top_p, torch.float64, num_rows),
+            _column(filters.min_p, torch.float32, num_rows),
+            _column(filters.top_k, torch.int64, num_rows),
+            _column(filters.top_p, torch.float64, num_rows),
             _column(keys, torch.int32, 2 * num_rows),
             _column(hashes, torch.int32, vocab_size),
         )

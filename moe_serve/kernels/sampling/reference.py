@@ -10,6 +10,7 @@ Ties always go to the lower token id.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -154,12 +155,37 @@ def greedy_checked(logits: Tensor) -> tuple[Tensor, Tensor]:
     return greedy(logits), is_finite(logits)
 
 
+class Filters(NamedTuple):
+    """What bounds each row's choice: as in `sample`, but there is a column of each."""
+
+    min_p: Tensor
+    top_k: Tensor
+    top_p: Tensor
+
+
+def filters_of(
+    logits: Tensor, min_p: Tensor | None, top_k: Tensor | None, top_p: Tensor | None
+) -> Filters:
+    """Return the filters of `sample`, with columns that leave all tokens where one is None."""
+
+    def column(given: Tensor | None, value: float, dtype: torch.dtype) -> Tensor:
+        if given is not None:
+            return given
+        return torch.full(logits.shape[:1], value, dtype=dtype, device=logits.device)
+
+    return Filters(
+        column(min_p, 0.0, torch.float32),
+        column(top_k, logits.shape[1], torch.int64),
+        column(top_p, 1.0, torch.float64),
+    )
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,
-    min_p: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
+    min_p: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
     keys: Tensor,
     hashes: Tensor,
 ) -> Tensor:
@@ -170,10 +196,12 @@ def sample(
 
     logits: float32 [num_rows, vocab_size], the largest of each row finite. temperature (above 0)
     and min_p (0 to 1): float32; top_k (at least 1; vocab_size or more for all): int64; top_p
-    (above 0; 1 for all): float64, all [num_rows]. keys: int32 [num_rows, 2], from `row_keys`.
+    (above 0; 1 for all): float64, all [num_rows]. A filter is None where no row asks for it, which
+    the caller knows; a device would have to be asked. keys: int32 [num_rows, 2], from `row_keys`.
     hashes: int32 [vocab_size], from `token_hashes`. Syncs the host.
     """
     num_rows, vocab_size = logits.shape
+    min_p, top_k, top_p = filters_of(logits, min_p, top_k, top_p)
     most = MAX_ELEMENTS_CPU if logits.device.type == "cpu" else MAX_ELEMENTS_DEVICE
     rows_at_once = max(1, most // vocab_size)
     chosen = torch.empty_like(top_k)

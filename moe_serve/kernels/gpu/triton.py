@@ -1,0 +1,118 @@
+"""What all Triton kernels share: rounding, products, and whether they run on a GPU or are read.
+
+Without a GPU Triton's interpreter runs them on CPU tensors: slow, and for tests. It takes bfloat16
+products wrongly, and cuts off where a GPU rounds to the nearest (docs/log.md); hence `widened`,
+`product` and `rounded`, which every kernel goes through.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+IS_INTERPRETED = not torch.cuda.is_available()
+if IS_INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is made
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from moe_serve.kernels.gpu.numerics import Numerics  # noqa: E402
+
+
+def _mend_interpreter() -> None:
+    """Let Triton's interpreter run what its compiler runs."""
+    from triton.runtime import interpreter  # which a GPU does not need
+
+    # Triton's own functions, too, where torch imported it before this module
+    for module in [m for name, m in sys.modules.items() if name.startswith("triton.language")]:
+        for name, function in list(vars(module).items()):
+            if isinstance(function, triton.JITFunction):
+                setattr(module, name, interpreter.InterpretedFunction(function.fn))
+    if not triton.__version__.startswith("3.6."):
+        return
+    # of its scalars, arrays of one element, NumPy 2.4 makes no bounds of a loop
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_with_index
+
+
+if IS_INTERPRETED:
+    _mend_interpreter()
+
+_READ: tl.constexpr = tl.constexpr(IS_INTERPRETED)
+_MOST_TERMS: tl.constexpr = tl.constexpr(2**20)  # Triton's limit of a tensor's elements
+
+
+def device() -> torch.device:
+    """Return where these kernels' tensors are: the present GPU, or the CPU, interpreted."""
+    return torch.device("cpu" if IS_INTERPRETED else "cuda")
+
+
+def numerics_id(numerics: Numerics) -> str:
+    """Name what decides bits: the compiler, the card's generation, and how tiles are chosen."""
+    where = "interpreted"
+    if not IS_INTERPRETED:
+        major, minor = torch.cuda.get_device_capability()
+        where = f"sm{major}{minor}"
+    return f"triton{triton.__version__}-{where}-{numerics}"
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the same numbers, contiguous, from an address that is a multiple of 16.
+
+    A compiler loads, and so adds up, in another order where the address is not one.
+    """
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+@triton.jit
+def ordered(values):
+    """Return int32 in the order of float32 values: -0 is 0, and a NaN is above all.
+
+    No result is -2**31.
+    """
+    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
+    return tl.where(values == values, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def rounded(wide, dtype: tl.constexpr):
+    """Round float32 to the nearest `dtype`, ties to even."""
+    if _READ and dtype == tl.bfloat16:
+        bits = wide.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where(wide == wide, nearest, 0x7FC0)
+        return nearest.to(tl.int16).to(dtype, bitcast=True)
+    return wide.to(dtype)
+
+
+@triton.jit
+def widened(values):
+    """Return bfloat16, float16 or float32 values as float32."""
+    if _READ and values.dtype == tl.bfloat16:
+        return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def product(rows, columns, total):
+    """Add rows [m, k] times columns [k, n], of one dtype, to float32 total [m, n]."""
+    if not _READ:
+        total = tl.dot(rows, columns, total, input_precision="ieee")
+    # the library behind an interpreted tl.dot adds in an order that depends on a row's place in the
+    # tile: added by hand, or in float64, which holds such sums of shorter numbers
+    elif rows.dtype == tl.float32 and rows.numel * columns.shape[1] <= _MOST_TERMS:
+        total += tl.sum(rows[:, :, None] * columns[None, :, :], 1)
+    else:
+        wide = tl.dot(rows.to(tl.float64), columns.to(tl.float64), out_dtype=tl.float64)
+        total += wide.to(tl.float32)
+    return total
