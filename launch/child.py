@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 
 from moe_serve.launch.lifeline import hold
 
@@ -19,9 +18,9 @@ MODULES = {
 
 
 def main(what: str, argument: str, lifeline: str) -> int:
-    """Hold the lifeline, and run WHAT's `main` on a folder; return the exit code."""
+    """Hold the lifeline, and run WHAT's `main` on its argument; return the exit code."""
     hold(lifeline)
-    code: int = importlib.import_module(MODULES[what]).main(Path(argument))
+    code: int = importlib.import_module(MODULES[what]).main(argument)
     return code
 
 

@@ -145,17 +145,24 @@ class RankedEngine:
         self.start_step()
         return self.finish_step()
 
-    def start_step(self) -> None:
-        """Begin a step, unless it has begun: `finish_step` must be next. Raises CommError."""
+    def start_step(self, for_s: float = 0.0) -> None:
+        """Begin a step, unless it has begun: `finish_step` must follow. Raises CommError.
+
+        for_s: how long the outputs of steps may wait for those of later ones. A rank that is alone
+        then makes several, and can be given requests meanwhile.
+        """
         if not self._num_begun:
             self._step_start_s = time.perf_counter()
+        is_alone = self._are_remote and len(self._links) == 1
         while self._num_begun + len(self._early) < self._most_begun:
             move_bytes = self._budget.next_bytes() if self.is_moving else 0
-            self._start(range(len(self._links)), Step(move_bytes))
+            step = Step(move_bytes, for_s if is_alone and not self.is_moving else 0.0)
+            self._start(range(len(self._links)), step)
             self._num_begun += 1
 
     def finish_step(self) -> list[StepOutput]:
         """Wait for the step that was begun; return what all ranks gave. Raises CommError."""
+        assert self._early or self._num_begun, "no step was begun"
         replies = self._early.popleft() if self._early else self._read_step()
         if not any(self._is_unfinished):
             self._read_steps()  # those ahead had nothing to do
@@ -164,7 +171,7 @@ class RankedEngine:
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.request_id, output.index)
-        self._after_step()
+        self._after_step(replies[0].num_steps)
         return outputs
 
     def abort(self, request_id: str) -> bool:
@@ -296,8 +303,8 @@ class RankedEngine:
 
     def _guarded(self, ranks: Sequence[int], call: Call) -> list[Reply]:
         """Call ranks at once. Raises CommError when one of them is gone: then all are ended."""
-        self._read_steps()
         self._start(ranks, call)
+        self._read_steps()
         return self._finish(ranks)
 
     def _start(self, ranks: Sequence[int], call: Call) -> None:
@@ -355,9 +362,10 @@ class RankedEngine:
         self._num_begun -= 1
         now_s = time.perf_counter()
         taken_s, self._step_start_s = now_s - self._step_start_s, now_s
+        step_s = taken_s / max(1, replies[0].num_steps)
         # who steps may come back after hours, of which the ranks know nothing
         self._longest_s = max(self._longest_s, now_s - begun_s)
-        self._is_short = taken_s < _SHORT_STEP_S
+        self._is_short = step_s < _SHORT_STEP_S
         self._budget.told(taken_s, self._bytes_moved - before[0], self._moving_s - before[1])
         return replies
 
@@ -368,7 +376,7 @@ class RankedEngine:
             if any(reply.outputs or reply.has_unfinished for reply in replies):
                 self._early.append(replies)
             else:
-                self._num_steps += 1  # it has counted with the ranks, though nothing was to do
+                self._num_steps += replies[0].num_steps  # though nothing was to do
 
     def _drop_early(self, request_id: str, index: int) -> bool:
         """Drop what early replies have of an output that was ended; return whether they had."""
@@ -407,9 +415,9 @@ class RankedEngine:
             self._homes.release(live.home, live.num_tokens)
             del self._live[request_id]
 
-    def _after_step(self) -> None:
+    def _after_step(self, num_steps: int) -> None:
         """Learn from what tokens used, and let experts move, where that was asked for."""
-        self._num_steps += 1
+        self._num_steps += num_steps
         rebalancer = self._rebalancer
         is_due = rebalancer is not None and rebalancer.is_due() and not self.is_moving
         if is_due or (self._is_learning and self._num_steps % _LEARN_EVERY == 0):

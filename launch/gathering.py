@@ -41,9 +41,14 @@ class Gathering:
             if is_last or output.routed_experts is not None or output.request_id in new:
                 self._urgent.append(key)
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether there is anything that waits for nothing."""
+        return bool(self._urgent)
+
     def take(self, now_s: float, num_requests: int) -> tuple[StepOutput, ...]:
         """Return what is to be told now, each output once."""
-        if now_s - self._told_s >= self._gap_for(num_requests):
+        if now_s - self._told_s >= self.gap_for(num_requests):
             return self.take_all(now_s)
         found = tuple(self._outputs.pop(key) for key in dict.fromkeys(self._urgent))
         self._urgent.clear()
@@ -53,9 +58,10 @@ class Gathering:
         """Return how long what there is may still wait; None: there is nothing."""
         if not self._outputs:
             return None
-        return max(0.0, self._told_s + self._gap_for(num_requests) - now_s)
+        return max(0.0, self._told_s + self.gap_for(num_requests) - now_s)
 
-    def _gap_for(self, num_requests: int) -> float:
+    def gap_for(self, num_requests: int) -> float:
+        """Return how many seconds tokens may wait, with so many requests under way."""
         if self._gap_s is not None:
             return self._gap_s
         return 1e-3 * min(MOST_MS, MS_PER_REQUEST * num_requests)

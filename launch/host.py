@@ -22,10 +22,12 @@ from moe_serve.errors import CapacityError, CommError, MoeServeError, RequestErr
 from moe_serve.launch.gathering import Gathering
 from moe_serve.launch.lasting import LastingEngine
 from moe_serve.launch.links import RemoteLink
+from moe_serve.launch.messages import Failure
 from moe_serve.server.messages import (
     BEAT_S,
     Beat,
     Cancel,
+    CannotStart,
     Drain,
     Drained,
     EngineState,
@@ -72,7 +74,7 @@ class ServedEngine(Protocol):
     @property
     def remote_links(self) -> list[RemoteLink]: ...
     def add(self, request: Request) -> None: ...
-    def start_step(self) -> None: ...
+    def start_step(self, for_s: float = 0.0) -> None: ...
     def finish_step(self) -> list[StepOutput]: ...
     def abort(self, request_id: str) -> bool: ...
     def stop(self, request_id: str, index: int) -> bool: ...
@@ -183,8 +185,9 @@ class Host:
     def _turn(self, engine: ServedEngine) -> None:
         """Make one step, or wait for something to do."""
         if engine.has_unfinished:
-            engine.start_step()
-            self._tell_while_it_runs(engine)
+            # half of what they may wait: they reach the front end no later
+            engine.start_step(self._unsaid.gap_for(len(self._num_open)) / 2)
+            self._wait_for(engine)
             self._hear()
             self._unsaid.add(engine.finish_step(), self._new)
             self._num_steps += 1
@@ -213,19 +216,36 @@ class Host:
             if self._is_draining:
                 return
             self._is_draining = True
+        logger.info(
+            "shutting down: %d requests may take %g s; another signal ends them at once",
+            len(self._num_open),
+            self._shutdown_timeout_s,
+        )
         self._drain_end_s = time.monotonic() + self._shutdown_timeout_s + _AFTER_DRAIN_S
         self._set_state("draining", "")
         self._say(Drain(self._shutdown_timeout_s))
 
-    def _tell_while_it_runs(self, engine: ServedEngine) -> None:
-        """Tell of the steps before; what may wait, once it has waited or the step is over."""
-        now_s, num_requests = time.monotonic(), len(self._num_open)
-        self._tell(self._unsaid.take(now_s, num_requests))
-        left_s = self._unsaid.left_s(now_s, num_requests)
-        if left_s is None or not isinstance(engine, LastingEngine):
-            return  # a rank in this process would not go on meanwhile
-        if not select.select(engine.remote_links, [], [], left_s)[0]:
-            self._tell(self._unsaid.take_all(time.monotonic()))
+    def _wait_for(self, engine: ServedEngine) -> None:
+        """Tell of the steps before, and take in what is asked for, until the ranks speak."""
+        while True:
+            now_s, num_requests = time.monotonic(), len(self._num_open)
+            self._tell(self._unsaid.take(now_s, num_requests))
+            links: list[Any] = [*engine.remote_links]
+            if not links or not isinstance(engine, LastingEngine):
+                return  # a rank in this process would not go on meanwhile
+            mailbox = self._front.mailbox
+            if mailbox is not None and self._lost is None:
+                links.append(mailbox)
+            left_s = self._unsaid.left_s(now_s, num_requests)
+            limit_s = BEAT_S / 2 if left_s is None else left_s
+            there = select.select(links, [], [], limit_s)[0]
+            if mailbox in there:
+                self._hear()
+                if self._waiting:  # ranks stop for it, and the replies to their steps are read
+                    self._carry_out(engine)
+                    return
+            if left_s is None or any(link in there for link in engine.remote_links):
+                return
 
     def _tell(self, outputs: tuple[StepOutput, ...]) -> None:
         if outputs:
@@ -256,12 +276,12 @@ class Host:
         mailbox = self._front.mailbox
         if mailbox is None:
             return
+        messages: list[ToHost] = []
         try:
-            mailbox.flush()
             messages = mailbox.receive()
+            mailbox.flush()
         except CommError as error:
             self._lost = str(error)  # a step may be under way: see `_look_after`
-            return
         if messages:
             self._heard_s = time.monotonic()
         for message in messages:
@@ -273,6 +293,8 @@ class Host:
                 case Join():
                     self._has_joined = True
                     self.on_front()
+                case CannotStart(kind=kind, message=why):
+                    raise Failure(kind, why).error()
                 case FrontBeat():
                     pass
 

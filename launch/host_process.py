@@ -54,7 +54,7 @@ class HostProcess:
             given = _Given(str(model.absolute()), config.options(), theirs.fileno())
             (self._folder / OPTIONS_FILE).write_bytes(msgspec.json.encode(given))
             self._process = self._lifeline.start(
-                "host", self._folder, child_environment(), (theirs.fileno(),)
+                "host", str(self._folder), child_environment(), (theirs.fileno(),)
             )
         except BaseException:
             self.connection.close()
@@ -119,8 +119,9 @@ class _Attached:
             mailbox.close()
 
 
-def main(folder: Path) -> int:
+def main(argument: str) -> int:
     """Host an engine until nobody uses it any more; return the exit code."""
+    folder = Path(argument)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it says when it is over
     logging.basicConfig(level=logging.WARNING, format="moe-serve: %(levelname)s: %(message)s")
     path = folder / OPTIONS_FILE

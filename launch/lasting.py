@@ -150,8 +150,8 @@ class LastingEngine:
         self.start_step()
         return self.finish_step()
 
-    def start_step(self) -> None:
-        """Begin a step: `finish_step` must be the next call."""
+    def start_step(self, for_s: float = 0.0) -> None:
+        """Begin a step: `finish_step` must follow. See `RankedEngine.start_step`."""
         if self._suspects:
             try:
                 self._try_next()
@@ -160,7 +160,7 @@ class LastingEngine:
         self._is_stepping = self._engine.has_unfinished
         if self._is_stepping:
             try:
-                self._engine.start_step()
+                self._engine.start_step(for_s)
             except CommError as error:
                 self._is_stepping = False
                 self._form_anew(error)
@@ -281,6 +281,7 @@ class LastingEngine:
         if self._is_closed:
             raise error
         why = str(error)
+        self._is_stepping = False  # the step that was begun has gone with them
         while True:
             self._blame(why)
             self._count_loss(why)

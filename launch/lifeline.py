@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -26,9 +25,9 @@ class Lifeline:
         self._read, self._write = os.pipe()
 
     def start(
-        self, what: str, folder: Path, environment: Mapping[str, str], keep: Sequence[int] = ()
+        self, what: str, argument: str, environment: Mapping[str, str], keep: Sequence[int] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start `moe_serve.launch.child` as `what`, which finds in `folder` what it needs.
+        """Start `moe_serve.launch.child` as `what`; argument: where it finds what it needs.
 
         keep: file descriptors that the child gets. Its stdout is this process' stderr: stdout has
         the answer, and nothing else. Ctrl-C does not reach it: it is for this process.
@@ -36,7 +35,7 @@ class Lifeline:
         is_main = threading.current_thread() is threading.main_thread()
         lifeline = f"{self._read}:{os.getpid() if is_main else 0}"
         return subprocess.Popen(
-            [sys.executable, "-m", "moe_serve.launch.child", what, str(folder), lifeline],
+            [sys.executable, "-m", "moe_serve.launch.child", what, argument, lifeline],
             env=dict(environment),
             pass_fds=(self._read, *keep),
             stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from moe_serve.channel import Channel, Closed
@@ -32,14 +33,15 @@ class LocalLink:
     def __init__(self, worker: RankWorker) -> None:
         self.ready = worker.ready()
         self._worker = worker
-        self._call: Call = Release()
+        self._calls: deque[Call] = deque()
 
     def start(self, call: Call, data: bytes) -> None:
-        self._call = call
+        if not isinstance(call, Release):
+            self._calls.append(call)
 
     def finish(self) -> Reply:
-        """Do what `start` was given. Raises CommError where other ranks fail this one."""
-        return self._worker.do(self._call)
+        """Do what `start` was given first. Raises CommError where other ranks fail this one."""
+        return self._worker.do(self._calls.popleft())
 
     def close(self) -> None:
         self._worker.close()

@@ -49,9 +49,14 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """Take part in a step: all ranks are told. move_bytes: of experts that may travel before it."""
+    """Take part in a step: all ranks are told. move_bytes: of experts that may travel before it.
+
+    for_s: only to a rank that is alone: it goes on with steps for so long, until there is something
+    that must be told at once, or another call than this waits; then it need not make any.
+    """
 
     move_bytes: int = 0
+    for_s: float = 0.0
 
 
 class Place(msgspec.Struct, frozen=True, tag=True):
@@ -166,12 +171,13 @@ class TokensUsed(msgspec.Struct, frozen=True):
 class Reply(msgspec.Struct, frozen=True, tag=True):
     """What came of a call.
 
-    is_true: of Abort and Stop. is_moving: experts travel with the next steps; bytes_moved,
-    moving_s: what has travelled since the start, on all ranks, and how long this one was at it.
-    pairs_computed: see `RankStats`. failure: instead of anything else.
+    num_steps: made, of Step. is_true: of Abort and Stop. is_moving: experts travel with the next
+    steps; bytes_moved, moving_s: what has travelled since the start, on all ranks, and how long
+    this one was at it. pairs_computed: see `RankStats`. failure: instead of anything else.
     """
 
     outputs: tuple[StepOutput, ...] = ()
+    num_steps: int = 0
     is_true: bool = False
     has_unfinished: bool = False
     is_moving: bool = False

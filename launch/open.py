@@ -56,9 +56,7 @@ def open_engine(
         return _of_torchrun(config, model, environment)
     if wanted is not None and wanted > 1:
         return LastingEngine(worlds_of(config, model))
-    unused = [name for name in changed(config.ranks) if name != "ep_size"]
-    if unused:
-        logger.warning("there is one process, so there is no effect of: %s", ", ".join(unused))
+    _tell_of_unused(config)
     return build_engine(config, model, on_progress=on_progress)
 
 
@@ -72,7 +70,16 @@ def open_served(
     environment = read_environment()
     if environment is not None and environment.world_size > 1:
         return _of_torchrun(config, model, environment)
+    if config.ranks.ep_size in (None, 1):
+        _tell_of_unused(config)
     return LastingEngine(worlds_of(config, model), **losses)
+
+
+def _tell_of_unused(config: EngineConfig) -> None:
+    """Name the options of ranks that were given where there is only one."""
+    unused = [name for name in changed(config.ranks) if name != "ep_size"]
+    if unused:
+        logger.warning("there is one rank, so there is no effect of: %s", ", ".join(unused))
 
 
 def worlds_of(config: EngineConfig, model: Path) -> Callable[[int], RankedEngine]:

@@ -26,8 +26,9 @@ OPTIONS_FILE = "options.json"
 SOCKET_FILE = "coordinator.sock"
 
 
-def main(folder: Path) -> int:
+def main(argument: str) -> int:
     """Load this rank's part and do what the coordinator says; return the exit code."""
+    folder = Path(argument)
     # the coordinator says when it is over, also where all processes of a service are told to end
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

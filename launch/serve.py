@@ -6,10 +6,10 @@ wait in the system's queue. Everything it starts ends with it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -31,9 +32,9 @@ from moe_serve.launch.lasting import LastingEngine
 from moe_serve.launch.lifeline import Lifeline, hear_of_end
 from moe_serve.launch.open import open_served
 from moe_serve.launch.stats_line import StatsLine
-from moe_serve.launch.supervisor import child_environment, new_folder
+from moe_serve.launch.supervisor import child_environment
 from moe_serve.launch.worker import Follower
-from moe_serve.server.front_end import OPTIONS_FILE, FrontOptions, write_options
+from moe_serve.server.front_end import FrontOptions
 from moe_serve.server.messages import SILENT_AFTER_S, ToHost
 from moe_serve.server.options import ServerConfig
 
@@ -47,6 +48,8 @@ _BACKLOG = 1024
 _LOSSES_IN_S = 60.0
 _MOST_LOSSES = 5
 _END_S = 2.0
+# for answers that are cut, to say so
+_LAST_WORDS_S = 0.5
 # in the environment of what torchrun's agent starts
 _AGENT = "TORCHELASTIC_RUN_ID"
 # comes once for each thread of the agent's, while SIGTERM a second time means to end at once
@@ -63,7 +66,6 @@ class FrontEnd:
         self._options = options
         self._lifeline = Lifeline()
         self._losses_s: deque[float] = deque()
-        self._folder = new_folder()
         self._is_closed = False
         self.mailbox: Mailbox[ToHost] | None = None
         self._process = self._start()
@@ -106,7 +108,6 @@ class FrontEnd:
             self._process.kill()
             self._process.wait()
         self._lifeline.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _end(self) -> None:
         self._process.kill()
@@ -117,13 +118,13 @@ class FrontEnd:
 
     def _start(self) -> subprocess.Popen[bytes]:
         ours, theirs = socket.socketpair(socket.AF_UNIX)
-        write_options(
-            self._folder / OPTIONS_FILE, self._options, self._listener.fileno(), theirs.fileno()
-        )
-        keep = (self._listener.fileno(), theirs.fileno())
-        process = self._lifeline.start("front_end", self._folder, child_environment(), keep)
-        theirs.close()
         self.mailbox = Mailbox(ours, ToHost)
+        self.mailbox.send(self._options)
+        files = (self._listener.fileno(), theirs.fileno())
+        process = self._lifeline.start(
+            "front_end", ":".join(map(str, files)), child_environment(), files
+        )
+        theirs.close()
         return process
 
 
@@ -143,39 +144,41 @@ def serve(
         return _follow(config, Path(options.model))
     if _AGENT in os.environ:  # nobody would stop it any more: it drains, and the others end with it
         hear_of_end(_ORPHANED)
-    listener = listen(network.host, network.port)
-    address = _shown(listener, network.host)
-    front = FrontEnd(listener, options)
-    host = Host(front, service.shutdown_timeout, service.stream_interval)
-    host.on_front = _once(functools.partial(on_address, address))
-    if service.stats_interval:
-        host.on_stats = StatsLine(service.stats_interval).take
     engine: LastingEngine | RankedEngine | None = None
-    try:
-        with _signals(host):
-            opened = open_served(
-                config,
-                Path(options.model),
-                max_losses=service.max_worlds,
-                on_loss=host.lost_world,
-                on_world=host.has_world,
-            )
-            assert not isinstance(opened, Follower)
-            engine = opened
-            host.run(engine)
-            front.close(_END_S)
-            engine.close()
-    except _Stopped:  # while it was loading, or a second time
-        return STOPPED if engine is not None else 0
-    except CommError as error:
-        logger.error("%s", error)
-        return RANK_FAILURE
-    finally:
-        host.close()
-        front.close()
-        if engine is not None:
-            engine.abandon()
-        listener.close()
+    with contextlib.ExitStack() as ends:
+        try:
+            with _signals() as signals:
+                listener = ends.enter_context(listen(network.host, network.port))
+                front = FrontEnd(listener, options)
+                ends.callback(front.close, _LAST_WORDS_S)
+                host = Host(front, service.shutdown_timeout, service.stream_interval)
+                ends.callback(host.close)
+                signals.host = host
+                address = _shown(listener, network.host)
+                host.on_front = _once(functools.partial(on_address, address))
+                if service.stats_interval:
+                    host.on_stats = StatsLine(service.stats_interval).take
+                logger.info("loading %s", options.name)
+                opened = open_served(
+                    config,
+                    Path(options.model),
+                    max_losses=service.max_worlds,
+                    on_loss=host.lost_world,
+                    on_world=host.has_world,
+                )
+                assert not isinstance(opened, Follower)
+                engine = opened
+                ends.callback(engine.abandon)
+                host.run(engine)
+                front.close(_END_S)
+                engine.close()
+                logger.info("stopped")
+        except _Stopped:  # while it was loading, or a second time
+            logger.info("stopped at once")
+            return STOPPED if engine is not None else 0
+        except CommError as error:
+            logger.error("%s", error)
+            return RANK_FAILURE
     return 0
 
 
@@ -212,15 +215,27 @@ class _Stopped(BaseException):
     """A signal that cannot wait for its turn."""
 
 
+@dataclass
+class _Signals:
+    """Whom signals stop, as soon as there is one."""
+
+    host: Host | None = None
+
+
 @contextmanager
-def _signals(host: Host) -> Iterator[None]:
-    """Have signals stop the host: at once while there is no engine, or a second time.
+def _signals() -> Iterator[_Signals]:
+    """Have signals stop a host: at once while there is no engine, or a second time.
 
     SIGHUP, which a terminal sends when it is closed, does so unless nohup has it ignored. So does
     the end of torchrun's agent, but it is one end however often it is heard.
     """
 
+    signals = _Signals()
+
     def handle(number: int, frame: FrameType | None) -> None:
+        host = signals.host
+        if host is None:
+            raise _Stopped
         if number == _ORPHANED and host.num_stops:
             return
         host.stop()
@@ -233,7 +248,7 @@ def _signals(host: Host) -> Iterator[None]:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

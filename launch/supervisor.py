@@ -111,7 +111,7 @@ class Supervisor:
         variables = {**child_environment(), **environment.variables()}
         threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
         variables.setdefault("OMP_NUM_THREADS", str(threads))
-        return self._lifeline.start("rank", self._folder, variables)
+        return self._lifeline.start("rank", str(self._folder), variables)
 
     def _connected(self) -> list[RemoteLink]:
         """Accept every rank's connection."""

@@ -6,6 +6,9 @@ import contextlib
 import logging
 import select
 import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -16,6 +19,7 @@ from moe_serve.engine.engine import Engine
 from moe_serve.engine.memory import peak_rss_bytes
 from moe_serve.errors import CommError, MoeServeError
 from moe_serve.experts.placement_file import as_json, placement_from
+from moe_serve.launch.gathering import Gathering
 from moe_serve.launch.messages import (
     Abort,
     Add,
@@ -53,6 +57,7 @@ class RankWorker:
         self._world = world
         self._about = about
         self._num_steps = self._num_tokens = 0
+        self._new: set[str] = set()  # requests that have no token yet
 
     def ready(self) -> Ready:
         engine = self.engine
@@ -65,10 +70,11 @@ class RankWorker:
         if self._world is not None:
             self._world.close()
 
-    def do(self, call: Call) -> Reply:
+    def do(self, call: Call, is_called: Callable[[], bool] = lambda: False) -> Reply:
         """Carry out one call. What is wrong with it alone comes back as the reply's failure.
 
-        Raises CommError where the ranks are no longer of one mind.
+        is_called: whether there is another call, for which several steps are not to go on. Raises
+        CommError where the ranks are no longer of one mind.
         """
         engine = self.engine
         try:
@@ -76,14 +82,12 @@ class RankWorker:
                 case Add(request=request):
                     self._add(request)
                 case Abort(request_id=request_id):
+                    self._new.discard(request_id)
                     return self._reply(is_true=engine.abort(request_id))
                 case Stop(request_id=request_id, index=index):
                     return self._reply(is_true=engine.stop(request_id, index))
-                case Step(move_bytes=move_bytes):
-                    outputs = self._step(move_bytes)
-                    self._num_steps += 1
-                    self._num_tokens += sum(len(output.token_ids) for output in outputs)
-                    return self._reply(tuple(outputs))
+                case Step():
+                    return self._steps(call, is_called)
                 case Place(placement=placement):
                     engine.place(placement_from(placement))
                 case TakeRouting():
@@ -106,6 +110,7 @@ class RankWorker:
         """Admit a request. A fault in that is this request's alone: nothing of it was run."""
         try:
             self.engine.add(request)
+            self._new.add(request.request_id)
         except MoeServeError:
             raise
         except Exception as error:
@@ -116,15 +121,37 @@ class RankWorker:
     def _step(self, move_bytes: int) -> list[StepOutput]:
         """Take part in a step. Whatever fails here fails all: others are waiting for this rank."""
         try:
-            return self.engine.step(move_bytes)
+            outputs = self.engine.step(move_bytes)
         except CommError:
             raise
         except MoeServeError as error:
             raise CommError(f"{type(error).__name__}: {error}") from error
+        self._num_steps += 1
+        self._num_tokens += sum(len(output.token_ids) for output in outputs)
+        return outputs
+
+    def _steps(self, call: Step, is_called: Callable[[], bool]) -> Reply:
+        """Make one step, or steps for some time; see `Step`. The reply has each output once."""
+        gathering, num_steps = Gathering(call.for_s), 0
+        end_s = time.perf_counter() + call.for_s
+        is_free = call.for_s > 0  # others do not count on its steps
+        while not (is_free and (is_called() or not self.engine.has_unfinished)):
+            begun_s = time.perf_counter()
+            gathering.add(self._step(call.move_bytes), self._new)
+            num_steps += 1
+            now_s = time.perf_counter()
+            # a step more would last as long as this one
+            is_late = now_s + (now_s - begun_s) > end_s
+            if gathering.is_urgent or is_late or not self.engine.has_unfinished:
+                break
+        outputs = gathering.take_all(time.monotonic())
+        self._new.difference_update(output.request_id for output in outputs)
+        return self._reply(outputs, num_steps=num_steps)
 
     def _reply(
         self,
         outputs: tuple[StepOutput, ...] = (),
+        num_steps: int = 0,
         is_true: bool = False,
         stats: RankStats | None = None,
         used: TokensUsed | None = None,
@@ -133,6 +160,7 @@ class RankWorker:
         engine = self.engine
         return Reply(
             outputs,
+            num_steps,
             is_true,
             engine.has_unfinished,
             engine.is_moving,
@@ -194,6 +222,7 @@ class Follower:
         self._channel = channel
         self._heart = heart
         self._num_released = 0
+        self._calls: deque[Call] = deque()  # received, and not done yet
         self._failure: CommError | None = None
         channel.send(worker.ready())
         self._open.append(self)
@@ -233,15 +262,11 @@ class Follower:
         return self._channel.fileno()
 
     def take(self) -> None:
-        """Do one thing that was said. What cannot go on is closed, and raised by `follow`."""
+        """Do what was said. What cannot go on is closed, and raised by `follow`."""
         try:
-            call = self._channel.receive()
-            if isinstance(call, Release):
-                self._num_released += 1
-                return
-            self._channel.send(self.worker.do(call))
-            if isinstance(call, Close):
-                self._end()
+            self._calls.append(self._channel.receive())
+            while self._calls:
+                self._do(self._calls.popleft())
         except Closed:
             self.worker.engine.close()
             self._failure = CommError("rank 0, or what started the ranks, is gone")
@@ -253,7 +278,22 @@ class Follower:
                 raise
             self._failure = error
 
+    def _do(self, call: Call) -> None:
+        if isinstance(call, Release):
+            self._num_released += 1
+            return
+        self._channel.send(self.worker.do(call, self._is_called))
+        if isinstance(call, Close):
+            self._end()
+
+    def _is_called(self) -> bool:
+        """Return whether another call than a step has come."""
+        while self._channel.has_message:
+            self._calls.append(self._channel.receive())
+        return any(not isinstance(call, Step) for call in self._calls)
+
     def _end(self) -> None:
+        self._calls.clear()
         self._open.remove(self)
         self._heart.stop()
         self._channel.close()

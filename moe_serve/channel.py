@@ -75,14 +75,22 @@ class Channel(Generic[Incoming]):
 
     def check(self) -> None:
         """Raise Closed if the other side is gone, as far as what it said was read."""
+        self._peek()
+
+    @property
+    def has_message(self) -> bool:
+        """Whether the other side has said something that was not read. Raises Closed."""
+        return self._peek()
+
+    def _peek(self) -> bool:
         try:
-            is_gone = self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            if self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return True
         except BlockingIOError:
-            return
-        except OSError:
-            is_gone = True
-        if is_gone:
-            raise Closed("the connection was closed")
+            return False
+        except OSError as error:
+            raise Closed(f"the connection is gone ({error.strerror or error})") from error
+        raise Closed("the connection was closed")
 
     def fileno(self) -> int:
         return self._socket.fileno()

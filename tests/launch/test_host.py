@@ -68,7 +68,7 @@ class Engine:
         for index in range(request.sampling.n):
             self.given[request.request_id, index] = 0
 
-    def start_step(self) -> None:
+    def start_step(self, for_s: float = 0.0) -> None:
         pass
 
     def finish_step(self) -> list[StepOutput]:

@@ -47,7 +47,7 @@ class World:
             if tokens is not None:
                 self.given[request.request_id, index] = len(tokens)
 
-    def start_step(self) -> None:
+    def start_step(self, for_s: float = 0.0) -> None:
         self._live("start_step")
 
     def finish_step(self) -> list[StepOutput]:

@@ -36,7 +36,7 @@ class FakeWorld:
         if self._ends(request, -1):
             raise CommError("a rank is gone")
 
-    def start_step(self) -> None:
+    def start_step(self, for_s: float = 0.0) -> None:
         pass
 
     def finish_step(self) -> list[StepOutput]:
