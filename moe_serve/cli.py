@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -386,7 +387,17 @@ def _report(error: Exception, is_debug: bool) -> int:
     return code
 
 
+def _open_standard_files() -> None:
+    """Have 0, 1 and 2 be open: what is opened next would be taken for them by child processes."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the system gives the lowest number that is free
+
+
 def main() -> NoReturn:
     """The command `moe-serve`."""
+    _open_standard_files()
     wait_shortly()
     sys.exit(run(sys.argv[1:]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import tomllib
 import types
 import typing
@@ -34,6 +35,11 @@ SERVER_VARIABLES = frozenset(
 )  # fmt: skip
 
 
+# what Kubernetes puts into the environment beside a service of the name "moe-serve"
+_OF_KUBERNETES = re.compile(
+    rf"{ENVIRONMENT_PREFIX}(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*"
+    rf"|{ENVIRONMENT_PREFIX}PORT=(tcp|udp|sctp)://.*"
+)
 # positions, blocks and slots of the KV are counted in int32 somewhere
 _MAX_COUNT = 2**31 - 1
 _MAX_SEQS = 2**20
@@ -341,7 +347,11 @@ class RuntimeConfig:
         default=None, metadata={"help": "CPU threads; default: torch's choice."}
     )
     seed: int = field(
-        default=0, metadata={"help": "Base of the seeds of requests that bring none."}
+        default=0,
+        metadata={
+            "help": "Base of the seeds of requests that bring none; a server that is not given one "
+            "draws them at random."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -474,16 +484,24 @@ def resolve_options(
 
     A flag that is None was not given. An environment variable with our prefix, or a key of the
     file, that names no option is an error; variables of a server's options (`SERVER_VARIABLES`)
-    are passed over where `trees` have no such option.
+    are passed over where `trees` have no such option, and those that Kubernetes sets for a service
+    of the name "moe-serve" always.
     """
     leaves = {leaf.name: leaf for tree in trees for leaf in option_fields(tree)}
     merged: dict[str, Any] = {}
     if file is not None:
         merged.update(_read_toml(Path(file)))
+        for name in merged:
+            if name not in leaves:
+                raise ConfigError(f"{file}: no option {name!r}{_meant(name, leaves)}")
     for variable, text in (os.environ if environ is None else environ).items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             if name not in leaves and variable in SERVER_VARIABLES:
+                continue
+            if _OF_KUBERNETES.fullmatch(f"{variable}={text}"):
+                continue
+            if flags.get(name) is not None:
                 continue
             if name not in leaves:
                 raise ConfigError(f"environment {variable}: no such option{_meant(name, leaves)}")

@@ -16,11 +16,14 @@ def names(package: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in found if name != "base" and not name.startswith("_")))
 
 
-def load(package: str, name: str) -> ModuleType:
-    """Import `package`.`name`; an unknown name is an error that lists the known ones."""
+def load(package: str, name: str, option: str | None = None) -> ModuleType:
+    """Import `package`.`name`; an unknown name is an error that lists the known ones.
+
+    option: the one that has the name; default: the package.
+    """
     known = names(package)
     if name not in known:
-        kind = package.rpartition(".")[2]
+        kind = option or package.rpartition(".")[2]
         raise ConfigError(
             f"{kind}: there is no {name!r}{nearest(name, known)} (there are: {', '.join(known)})"
         )

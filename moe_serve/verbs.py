@@ -6,6 +6,7 @@ so that --help takes no time.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import json
@@ -251,7 +252,8 @@ def show_run(llm: LLM, outputs: Sequence[RequestOutput]) -> None:
 def note(text: str, program: str = f"{PROGRAM}: ") -> None:
     if sys.stderr is None:  # closed at the start; print would take stdout
         return
-    print(f"{program}{printable(text)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk, a reader who is gone: work goes on
+        print(f"{program}{printable(text)}", file=sys.stderr, flush=True)
 
 
 def note_lines(text: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from moe_serve.config import EngineConfig, KVConfig, option_fields, resolve_options
 from moe_serve.errors import ConfigError
+from moe_serve.server.options import ServerConfig
 
 
 def test_names_are_unique_in_the_whole_tree() -> None:
@@ -86,6 +87,40 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_options({}, environ)
     assert says in str(caught.value)
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_passed_over() -> None:
+    address = "tcp://10.0.0.5:8000"
+    environ = {
+        "MOE_SERVE_SERVICE_HOST": "10.0.0.5", "MOE_SERVE_SERVICE_PORT": "8000",
+        "MOE_SERVE_SERVICE_PORT_HTTP": "8000", "MOE_SERVE_PORT": address,
+        "MOE_SERVE_PORT_8000_TCP": address, "MOE_SERVE_PORT_8000_TCP_ADDR": "10.0.0.5",
+        "MOE_SERVE_PORT_8000_TCP_PORT": "8000", "MOE_SERVE_PORT_8000_TCP_PROTO": "tcp",
+        "MOE_SERVE_THREADS": "2",
+    }  # fmt: skip
+    assert resolve_options({}, environ, trees=(EngineConfig, ServerConfig)) == {"threads": 2}
+    trees = (EngineConfig, ServerConfig)
+    with pytest.raises(ConfigError, match="MOE_SERVE_PORT is 'x'"):
+        resolve_options({}, {"MOE_SERVE_PORT": "x"}, trees=trees)
+    with pytest.raises(ConfigError, match="MOE_SERVE_SERVICES: no such option"):
+        resolve_options({}, {"MOE_SERVE_SERVICES": "x"}, trees=trees)
+
+
+@pytest.mark.parametrize("keys", ["", ",", "a,,b", " "])
+def test_a_key_that_is_empty_is_no_key(keys: str) -> None:
+    with pytest.raises(ConfigError, match="empty key"):
+        ServerConfig.from_options({"api_key": keys})
+
+
+def test_a_variable_that_a_flag_overrides_is_not_read() -> None:
+    assert resolve_options({"block_size": 3}, {"MOE_SERVE_BLOCK_SIZE": "four"}) == {"block_size": 3}
+
+
+def test_a_name_that_is_none_in_a_file_is_named_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text("blok_size = 1")
+    with pytest.raises(ConfigError, match=r"engine\.toml: no option 'blok_size'; did you mean"):
+        resolve_options({}, {}, file)
 
 
 def test_a_wrong_file_is_named(tmp_path: Path) -> None:

@@ -571,7 +571,7 @@ def test_the_command_line_under_torchrun() -> None:
 def test_what_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with LLM(dispatcher="static", rebalance=3, **OPTIONS):
         pass
-    assert "one process, so there is no effect of: dispatcher, rebalance" in caplog.text
+    assert "one rank, so there is no effect of: dispatcher, rebalance" in caplog.text
 
 
 def folders() -> set[Path]:

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from moe_serve.engine.kv_cache import KVCacheManager
+from moe_serve.engine.policies.base import Policy
 from moe_serve.errors import CapacityError, RequestError
 from moe_serve.types import Request
+
+
+def check_priority(request: Request, policy: Policy) -> None:
+    """Raise RequestError for a priority that would have no effect."""
+    if request.priority and not policy.reads_priority:
+        raise RequestError(
+            f"priority is {request.priority}, which this engine does not read: leave it out, or "
+            "start it with --scheduling-policy priority"
+        )
 
 
 def checked_end_length(

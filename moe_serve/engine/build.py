@@ -54,7 +54,8 @@ def build_engine(
         torch.set_num_threads(config.runtime.threads)
     elif ranks is not None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.num_here))
-    policy = plugin.load("moe_serve.engine.policies", config.scheduler.scheduling_policy).build()
+    scheduling = config.scheduler.scheduling_policy
+    policy = plugin.load("moe_serve.engine.policies", scheduling, "scheduling_policy").build()
     kernels = suite.load(config.runtime.kernels, config.runtime.isa)
     if not config.runtime.fused and kernels.build_forward is None:
         logger.warning("fused=False has no effect: the %s kernels run one by one", kernels.name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_serve.config import EngineConfig
+from moe_serve.engine.admission import check_priority
 from moe_serve.engine.grammar import Grammars
 from moe_serve.engine.memory import available_bytes
 from moe_serve.engine.model_runner import ModelRunner
@@ -112,6 +113,7 @@ class Engine:
         self._refuse_if_closed()
         check_ids(request, self.spec.vocab_size)
         check_routed_experts(request, self.config, self.spec)
+        check_priority(request, self.scheduler.policy)
         has_grammar = request.sampling.structured_outputs is not None
         if has_grammar:
             self.grammars.check()

@@ -113,8 +113,9 @@ class ExpertParts:
         """
         shape = self._residency.shape
         keeper, name = self._keeper, self._config.experts.eviction
-        for package, given in (("experts.policies", name), ("predictors", self._predictor_name)):
-            plugin.load(f"moe_serve.{package}", given)  # a wrong name is wrong wherever experts are
+        # a wrong name is wrong wherever experts are
+        plugin.load("moe_serve.experts.policies", name, "eviction")
+        plugin.load("moe_serve.predictors", self._predictor_name, "predictor")
         if shape is None:
             return self._resident()
         state = None

@@ -72,6 +72,8 @@ class GrammarCompiler:
         try:
             document = msgspec.json.decode(path.read_bytes())
             text, end_id = _with_end(document)
+            added = document["added_tokens"] or []
+            self._special = tuple(token["content"] for token in added if token.get("special"))
             self._tokenizer = llguidance.LLTokenizer(text, eos_token=end_id)
         except OSError as error:
             raise GrammarError(f"{path}: cannot be read ({error.strerror})") from error
@@ -96,9 +98,14 @@ class GrammarCompiler:
 
         Nothing is shared with other matchers: what one builds up as it goes, and how it fails, is
         its own. (The library's deep_copy shares the lexer, with its counts and its errors.) Raises
-        GrammarError.
+        GrammarError, also for a text with a special token's name in it: the library would take the
+        name for the token, which no text is.
         """
         library = self._library.LLMatcher
+        if kind != "grammar":
+            for name in self._special:
+                if name in text:
+                    raise GrammarError(f"{name!r:.100} is a special token, which is no text")
         try:
             match kind:
                 case "json":
@@ -127,6 +134,8 @@ def check(matcher: llguidance.LLMatcher) -> None:
     """Raise GrammarError if a matcher has failed; it stays so."""
     if matcher.is_error():
         said = matcher.get_error().partition("<non-verbose/>")[0].strip()
+        if said == "NoExtensionBias":
+            said = "no text can satisfy it"
         raise GrammarError(said[:_ERROR_CHARS])
 
 

@@ -155,7 +155,7 @@ class RankParts:
         share, mesh, name = self.share, self._ranks.mesh, self._config.ranks.dispatcher
         if name == "local":
             raise ConfigError("dispatcher 'local' is for one process; give another, or none")
-        module = plugin.load("moe_serve.comm", name)
+        module = plugin.load("moe_serve.comm", name, "dispatcher")
         is_partial = self._config.ranks.combine == "partial"
         if not getattr(module, "IS_EXACT", True) and not is_partial:
             raise ConfigError(

@@ -131,6 +131,7 @@ class Sampler:
             sequences = [sequences[row] for row in rows]
         filters = np.array([_FILTERS(sequence.request.sampling) for sequence in sequences])
         temperature, min_p, top_k, top_p = filters.T  # float64 [num_rows] each
+        top_k = np.where(top_k > 0, top_k, self.vocab_size)
         keys = self.kernels.row_keys(
             [sequence.seed for sequence in sequences],
             [len(sequence.token_ids) for sequence in sequences],
@@ -138,9 +139,9 @@ class Sampler:
         chosen = self.kernels.sample(
             logits,
             self._column(temperature, np.float32),
-            self._column(min_p, np.float32),
-            self._column(np.where(top_k > 0, top_k, self.vocab_size), np.int64),
-            self._column(top_p, np.float64),
+            self._column(min_p, np.float32) if min_p.any() else None,
+            self._column(top_k, np.int64) if (top_k < self.vocab_size).any() else None,
+            self._column(top_p, np.float64) if (top_p < 1).any() else None,
             keys.to(self.device),
             self.hashes,
         )

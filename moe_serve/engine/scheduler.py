@@ -96,7 +96,7 @@ class Scheduler:
         assert max_num_seqs == kv.max_num_seqs, "one row of the tables for each sequence"
         self._budget = max_num_batched_tokens
         self._max_chunk = min(max_prefill_chunk or self._budget, self._budget)
-        self._policy = policy
+        self.policy = policy
         self._kv = kv
         self._max_model_len = max_model_len
         self._clock = clock
@@ -149,7 +149,7 @@ class Scheduler:
                 "give another, or abort that one"
             )
         end_length = checked_end_length(request, self._kv, self._max_model_len, self._max_chunk)
-        rank = self._policy.rank(request, self._clock())
+        rank = self.policy.rank(request, self._clock())
         live = _Live(request, rank, self._num_added, end_length)
         for index in _first_outputs(request):
             sequence = live.sequences[index] = Sequence(request, index)
@@ -255,7 +255,7 @@ class Scheduler:
         self, num_decodes: int, is_short_of_blocks: bool
     ) -> list[tuple[Sequence, int]]:
         """Return the prompts of this step and the size of each one's chunk, with room made."""
-        left = self._policy.prompt_tokens(self._budget, num_decodes)
+        left = self.policy.prompt_tokens(self._budget, num_decodes)
         running = [sequence for sequence in self._prompts if sequence.row >= 0]
         unfinished = running.copy()  # who may still lack blocks after this step
         running.sort(key=self._rank, reverse=True)  # first in the order at the end

@@ -63,7 +63,8 @@ def read_goals(given: Sequence[str]) -> dict[str, float]:
         name, colon, number = text.partition(":")
         if not colon or name not in GOALS:
             raise ConfigError(
-                f"--goodput is {text!r}{nearest(name, GOALS)}; write ttft:MS, tpot:MS or e2e:MS"
+                f"--goodput is {text!r}{'' if name in GOALS else nearest(name, GOALS)}; write "
+                "ttft:MS, tpot:MS or e2e:MS"
             )
         if name in goals:
             raise ConfigError(f"--goodput names {name} twice")

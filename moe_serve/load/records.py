@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -33,9 +33,12 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: _Tokens = 0
+    completion_tokens: _Tokens = 0
 
 
 class _Chunk(msgspec.Struct):
@@ -44,6 +47,8 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
+# what is raised for bytes that are no JSON, or too deep
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _read_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
@@ -201,7 +206,7 @@ class StreamedAnswer:
         record = self._record
         try:
             chunk = _read_chunk(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise BadAnswer(f"an event that is no chunk of an answer: {error}") from error
         if chunk.error is not None or name == "error":
             record.failure = "error event"
@@ -233,7 +238,7 @@ def error_message(body: bytes) -> str:
     text = body.decode("utf-8", "replace")
     try:
         found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return text[:_MAX_SHOWN]
     error = found.get("error", found) if isinstance(found, dict) else found
     if isinstance(error, dict):

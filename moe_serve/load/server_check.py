@@ -9,7 +9,7 @@ import msgspec
 
 from moe_serve.errors import CommError, ConfigError
 from moe_serve.load.connection import BadAnswer, ConnectionFailed, ConnectionPool
-from moe_serve.load.records import MAX_ERROR_BYTES, error_message
+from moe_serve.load.records import MAX_ERROR_BYTES, UNREADABLE, error_message
 
 CHECK_S = 2.5
 
@@ -68,7 +68,7 @@ def _first_model(url: str, body: bytes) -> str:
     try:
         listed: Any = msgspec.json.decode(body)
         found = listed["data"][0]["id"]
-    except (msgspec.DecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
+    except (*UNREADABLE, LookupError, TypeError) as error:
         raise CommError(
             f"{url}/v1/models lists no model: {body[:80]!r}; name one with --model"
         ) from error

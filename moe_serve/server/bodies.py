@@ -83,6 +83,9 @@ class Whole:
 Text = Annotated[str, Field(max_length=_L.body_bytes)]
 Name = Annotated[str, Field(min_length=1, max_length=_L.name_chars)]
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+# what OpenAI's clients may send, and what changes nothing here
+Label = Annotated[str, Field(max_length=_L.name_chars)]
+Metadata = Annotated[dict[Label, Label], Field(max_length=_L.variables)]
 TokenId = Annotated[int, Whole(0, _L.tokens, is_token=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=_L.prompt_ids, fail_fast=True)]
 Count = Annotated[int, Whole(1, _L.tokens)]
@@ -244,7 +247,11 @@ class GenerationBody(Body):
     logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=_L.name_chars)] | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     top_k: Annotated[int, Whole(-1, _L.tokens)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -308,7 +315,8 @@ class ChatBody(GenerationBody):
     continue_final_message: bool | None = None
     chat_template_kwargs: Variables | None = None
     tools: Nothing | None = None
-    tool_choice: Literal["none"] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     store: Literal[False] | None = None
 
@@ -452,6 +460,8 @@ def _said(
         return f"{field} are not supported: leave them out, or empty"
     if kind == "missing" and len(where) == 1:
         return f"{field} is missing"
+    if field in _FORMS and kind != "integer" and kind != "string_too_long":
+        return f"{field} {_FORMS[field]}"
     path = field[:80]
     for part in where[1:]:
         if isinstance(part, int):
@@ -461,6 +471,25 @@ def _said(
     return f"{path}: {message:.{_TOLD_CHARS}}"
 
 
+# fields that may have several forms, or hardly any: what is wrong with one form says little
+_FORMS = {
+    "prompt": (
+        "must be text, a list of token ids, or a list of either, none of them empty; at most "
+        f"{_L.prompts} prompts"
+    ),
+    "stop": (
+        f"must be text of 1 to {_L.stop_chars} characters, or a list of at most {_L.stop} of such"
+    ),
+    "logit_bias": (
+        f"must map at most {_L.logit_bias} token ids, written as text, to numbers from -100 to 100"
+    ),
+    "best_of": "is not supported: leave it out, or 1",
+    "suffix": "is not supported: leave it out, or empty",
+    "tool_choice": "must be none or auto: tools are not supported",
+    "store": "must be false: nothing is stored here",
+    "service_tier": "must be auto or default: there is one tier here",
+    "modalities": 'must be ["text"]',
+}
 _INNER_NAMES = frozenset(
     name
     for inner in (

@@ -391,8 +391,9 @@ class EngineClient(asyncio.Protocol):
             return
         self.ended = why
         self._welcomed.set()
+        told = "the server is shutting down" if self.is_draining else f"the engine was lost: {why}"
         for running in list(self._running.values()):
-            self._fail(running, f"the engine was lost: {why}")
+            self._fail(running, told)
         self._on_end(why)
 
     def _fail(self, running: Running, why: str) -> None:

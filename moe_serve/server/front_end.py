@@ -1,7 +1,8 @@
-"""`python -m moe_serve.launch.child front_end FOLDER ...`: the process that talks to clients.
+"""`python -m moe_serve.launch.child front_end FILES ...`: the process that talks to clients.
 
 It has connections, texts and the books of what is being served; the engine is its parent's. It gets
-the listening socket and its end of the connection to the host as open files.
+the listening socket and its end of the connection to the host as open files, and over that what it
+is made of: keys are on no disk, and in nobody's list of processes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import signal
 import socket
 import time
@@ -19,13 +19,15 @@ from typing import Any
 
 import msgspec
 
+from moe_serve.channel import Channel, Closed
+from moe_serve.errors import MoeServeError
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.server.dashboard import dashboard_routes
 from moe_serve.server.doorway import Doorway, ensure_descriptors
 from moe_serve.server.engine_client import EngineClient
 from moe_serve.server.guard import Guard
-from moe_serve.server.messages import BEAT_S, SILENT_AFTER_S, Drain
+from moe_serve.server.messages import BEAT_S, SILENT_AFTER_S, CannotStart, Drain
 from moe_serve.server.metrics import Metrics
 from moe_serve.server.options import ServerConfig
 from moe_serve.server.routes import build_app
@@ -35,7 +37,6 @@ from moe_serve.text.model_texts import ModelTexts
 
 logger = logging.getLogger(__name__)
 
-OPTIONS_FILE = "options.json"
 # an event loop that is busy for longer is taken to hang
 _HANGS_AFTER_S = 15.0
 # for answers that end with an error to go out
@@ -43,7 +44,10 @@ _LAST_WORDS_S = 2.0
 
 
 class FrontOptions(msgspec.Struct, frozen=True):
-    """What a front end is made of. model, tokenizer: folders; server: leaves of `ServerConfig`."""
+    """What a front end is made of. model, tokenizer: folders; server: leaves of `ServerConfig`.
+
+    seed: see `FrontState`.
+    """
 
     model: str
     name: str
@@ -51,33 +55,29 @@ class FrontOptions(msgspec.Struct, frozen=True):
     tokenizer: str | None
     chat_template: str | None
     server: dict[str, Any]
+    seed: int | None = None
 
 
-class _Given(msgspec.Struct, frozen=True):
-    """The options of one front end's process. listener, host: file descriptors it was given."""
+def main(files: str) -> int:
+    """Serve until the host is gone or says that it is over; return the exit code.
 
-    options: FrontOptions
-    listener: int
-    host: int
-
-
-def write_options(path: Path, options: FrontOptions, listener: int, host: int) -> None:
-    """Leave for a front end what it is made of, keys included, for this user's eyes only."""
-    data = msgspec.json.encode(_Given(options, listener, host))
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
-
-
-def main(folder: Path) -> int:
-    """Serve until the host is gone or says that it is over; return the exit code."""
+    files: the descriptors of the listening socket and of the connection to the host, which says
+    first, as `FrontOptions`, what this is made of.
+    """
     # for the host, which then lets this one drain
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="moe-serve: front end: %(message)s")
-    path = folder / OPTIONS_FILE
-    given = msgspec.json.decode(path.read_bytes(), type=_Given)
-    path.unlink()
-    return asyncio.run(FrontEnd(given.options).run(_socket(given.listener), _socket(given.host)))
+    listener, host = (socket.socket(fileno=int(descriptor)) for descriptor in files.split(":"))
+    channel: Channel[FrontOptions] = Channel(host, FrontOptions)
+    try:
+        front = FrontEnd(channel.receive())
+    except Closed:
+        return 1
+    except MoeServeError as error:
+        channel.send(CannotStart(type(error).__name__, str(error)))
+        return error.exit_code
+    return asyncio.run(front.run(listener, host))
 
 
 class FrontEnd:
@@ -107,6 +107,7 @@ class FrontEnd:
             model=options.name,
             created=int(time.time()),
             version=options.version,
+            seed=options.seed,
         )
         self._metrics = Metrics(self._client, self._state)
         app = build_app(self._state)
@@ -184,7 +185,3 @@ class FrontEnd:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _socket(descriptor: int) -> socket.socket:
-    return socket.socket(fileno=descriptor)

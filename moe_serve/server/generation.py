@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +48,6 @@ logger = logging.getLogger(__name__)
 INLINE_BYTES = 2048
 # of tokens and logprobs, to write an answer of so many about 3 ms
 _INLINE_TOLD = 2048
-# what a double holds exactly: a program in JavaScript can send it back
-SEED_LIMIT = 2**53
 _URL_OF_KIND = {kind: url for url, kind in KIND_OF_URL.items()}
 _BODY_OF_KIND: dict[Kind, type[CompletionBody] | type[ChatBody]] = {
     "completion": CompletionBody,
@@ -258,7 +255,7 @@ class Call:
             )
             self.asked = asked
             given = asked.sampling.seed
-            self.seed = secrets.randbelow(SEED_LIMIT) if given is None else given
+            self.seed = state.draw_seed() if given is None else given
             prepared = [
                 maker.make(
                     prompt,

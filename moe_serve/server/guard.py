@@ -272,7 +272,10 @@ class Guard:
         if twice is not None:
             return Refusal(400, f"the header {twice} was sent twice"), None
         if self._names is not None and host_name(asked.get(b"host", b"")) not in self._names:
-            message = "this server is not known by the host name of the request"
+            message = (
+                "this server is not known by the host name of the request (its Host header): use "
+                "its address, or start it with --allowed-hosts and that name"
+            )
             return Refusal(400, message, code="unknown_host"), None
         if not self._keys or route.access == "open":
             return None, None

@@ -54,7 +54,17 @@ class Drained(msgspec.Struct, frozen=True, tag=True):
     """After Drain: every answer was sent."""
 
 
-ToHost = Join | Start | Cancel | StopOutput | FrontBeat | Drained
+class CannotStart(msgspec.Struct, frozen=True, tag=True):
+    """In place of Join: what keeps a front end from starting, and would keep another one.
+
+    kind: the error's class in `moe_serve.errors`.
+    """
+
+    kind: str
+    message: str
+
+
+ToHost = Join | CannotStart | Start | Cancel | StopOutput | FrontBeat | Drained
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):

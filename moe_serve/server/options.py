@@ -43,7 +43,7 @@ class NetworkConfig:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
         if not self.host:
             raise ConfigError("host is empty; give an address, 127.0.0.1 for this machine alone")
-        if self.api_key is not None and not all(self.keys):
+        if self.api_key is not None and not all(self.keys or [""]):
             raise ConfigError("api_key has an empty key; give one key, or several with commas")
         name = self.served_model_name
         if name is not None and (not name.isprintable() or not 0 < len(name) <= 256):

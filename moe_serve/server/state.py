@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from moe_serve.text.prompts import RequestMaker
 
 # Tokenising frees the lock of the interpreter, templates do not: more threads gain nothing.
 TEXT_THREADS = 2
+# what a double holds exactly: a program in JavaScript can send it back
+SEED_LIMIT = 2**53
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +58,11 @@ class Abortable(Protocol):
 class FrontState:
     """What the routes of one front end share.
 
-    model: its name in the API. created: when it was loaded, in seconds since 1970. ping_s: after so
-    long without a chunk of a stream a comment is sent. on_started, on_finished: told of each
-    request for text. metrics: returns the body and the content type of GET /metrics. serving:
-    requests by the ids of their answers.
+    model: its name in the API. seed: from which the seeds of requests that bring none are drawn, in
+    the order in which they come; None: at random. created: when it was loaded, in seconds since
+    1970. ping_s: after so long without a chunk of a stream a comment is sent. on_started,
+    on_finished: told of each request for text. metrics: returns the body and the content type of
+    GET /metrics. serving: requests by the ids of their answers.
     """
 
     client: EngineClient
@@ -67,6 +71,7 @@ class FrontState:
     model: str
     created: int
     version: str
+    seed: int | None = None
     ping_s: float = 15.0
     on_started: Callable[[Kind], None] = lambda kind: None
     on_finished: Callable[[Finished], None] = lambda finished: None
@@ -81,6 +86,11 @@ class FrontState:
         # who waits for a thread does so here, where it can be ended, and holds no place in a queue
         self.turns = asyncio.Semaphore(TEXT_THREADS)
         self._maker: RequestMaker | None = None
+        self._seeds = random.SystemRandom() if self.seed is None else random.Random(self.seed)
+
+    def draw_seed(self) -> int:
+        """Return a seed for a request that brings none. For any thread."""
+        return self._seeds.randrange(SEED_LIMIT)
 
     @property
     def maker(self) -> RequestMaker:

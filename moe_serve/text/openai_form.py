@@ -36,6 +36,7 @@ KIND_OF_URL: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/compl
 SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
 COMMON_FIELDS = frozenset(
     {"model", "user", "stream", "priority", "cache_salt", "add_special_tokens"}
+    | {"safety_identifier", "prompt_cache_key", "metadata", "service_tier"}
     | {"truncate_prompt_tokens", "return_token_ids", "response_format"}
 )
 OWN_FIELDS: dict[Kind, frozenset[str]] = {
@@ -43,14 +44,15 @@ OWN_FIELDS: dict[Kind, frozenset[str]] = {
     "chat": COMMON_FIELDS
     | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
     | {"add_generation_prompt", "continue_final_message"}
-    | {"tools", "tool_choice", "modalities", "store"},
+    | {"tools", "tool_choice", "parallel_tool_calls", "modalities", "store"},
 }
 # of a server alone: a line of a file is answered whole, and has an id of its own
 SERVER_FIELDS = frozenset({"stream_options", "request_id"})
-# fields that are known, and the one value of each that asks for nothing
-WITHOUT_EFFECT: dict[str, object] = {
-    "suffix": "", "best_of": 1, "tools": [], "tool_choice": "none", "modalities": ["text"],
-    "store": False,
+# fields that are known, and the values of each that ask for nothing
+WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
+    "suffix": ("",), "best_of": (1,), "tools": ([],), "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False), "modalities": (["text"],), "store": (False,),
+    "service_tier": ("auto", "default"),
 }  # fmt: skip
 FLAGS = (
     "stream", "echo", "return_token_ids", "add_special_tokens", "add_generation_prompt",
@@ -167,9 +169,10 @@ def _check_known(kind: Kind, given: Mapping[str, Any], is_served: bool) -> None:
         if name not in known:
             raise RequestError(f"parameter {name!r:.80} is not supported{nearest(name, known)}")
         if name in WITHOUT_EFFECT:
-            only = WITHOUT_EFFECT[name]
-            if value != only or type(value) is not type(only):
-                raise RequestError(f"{name} is {value!r:.80}; only {only!r} is supported here")
+            known_values = WITHOUT_EFFECT[name]
+            if not any(value == one and type(value) is type(one) for one in known_values):
+                only = " or ".join(map(repr, known_values))
+                raise RequestError(f"{name} is {value!r:.80}; only {only} is supported here")
         if name in FLAGS and not isinstance(value, bool):
             raise RequestError(f"{name} is {value!r:.80}; it must be true or false")
     if given.get("stream") and not is_served:
@@ -177,9 +180,11 @@ def _check_known(kind: Kind, given: Mapping[str, Any], is_served: bool) -> None:
     for name in ("prompt_logprobs", "return_routed_experts"):
         if given.get("stream") and name in given and given[name] is not False:
             raise RequestError(f"{name} cannot be streamed: leave stream out")
-    for name in ("model", "user", "request_id"):
+    for name in ("model", "user", "safety_identifier", "prompt_cache_key", "request_id"):
         if name in given and not isinstance(given[name], str):
             raise RequestError(f"{name} is {given[name]!r:.80}; it must be text")
+    if not isinstance(given.get("metadata", {}), dict):
+        raise RequestError(f"metadata is {given['metadata']!r:.80}; it must be an object")
 
 
 def _read_stream_options(given: Mapping[str, Any]) -> tuple[bool, bool]:

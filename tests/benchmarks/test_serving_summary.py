@@ -38,6 +38,7 @@ def test_what_must_be_none_is_none() -> None:
     ]  # fmt: skip
     assert {name: rows[name].value for name in wanted} == dict.fromkeys(wanted, 0)
     assert rows["kills: kills"].value >= 60
+    assert rows["bad-inputs: tries"].value >= 20_000
 
 
 def test_a_measurement_that_was_not_made_is_named(tmp_path: object) -> None:

@@ -44,6 +44,14 @@ def _requests(num: int, max_tokens: int = 12, **sampling: object) -> list[Reques
     return requests
 
 
+def test_a_priority_that_nobody_reads_is_refused(tmp_path: Path) -> None:
+    tiny.save_checkpoint(tmp_path, "qwen3_moe")
+    urgent = replace(_requests(1)[0], priority=-1)
+    with pytest.raises(RequestError, match=r"priority is -1.*--scheduling-policy priority"):
+        _engine(tmp_path).add(urgent)
+    _engine(tmp_path, scheduling_policy="priority").add(urgent)
+
+
 Outputs = dict[tuple[str, int], tuple[tuple[int, ...], tuple[TokenLogprobs, ...], str | None]]
 
 

@@ -403,6 +403,22 @@ def matcher_of(
     return Matcher(compiled, given, vocab_size, compiler.num_ids, compiler.end_id)
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (StructuredOutputs(choice=["a<|endoftext|>b", "b"]), "is a special token"),
+        (StructuredOutputs(regex="<|end of structured output|>"), "is a special token"),
+        (StructuredOutputs(json={"const": "x <|endoftext|>"}), "is a special token"),
+        (StructuredOutputs(regex=r"a[^\s\S]b"), "no text can satisfy it"),
+        (StructuredOutputs(grammar="start: start"), "no text can satisfy it"),
+    ],
+    ids=["choice", "our own", "json", "empty", "endless"],
+)
+def test_what_no_text_can_satisfy_is_said_plainly(asked: StructuredOutputs, says: str) -> None:
+    compiler = grammar_compiler.GrammarCompiler(MODEL / grammar_compiler.TOKENIZER_FILE)
+    assert says in grammar_compiler.trial(compiler, asked.kind, asked.text)["error"]
+
+
 def test_a_matcher_depends_on_the_tokens_alone() -> None:
     """Token by token, or all at once as after a crash: the same may follow."""
     assert TOKENIZER is not None

@@ -88,7 +88,9 @@ def test_an_error_status_keeps_message_and_retry_after() -> None:
 def test_what_is_no_stream_of_the_api() -> None:
     with pytest.raises(BadAnswer, match="content-type is 'application/json'"):
         Answer(200, {"content-type": "application/json"})
-    for data in (b"data: {oops\n\n", b'data: {"choices": 3}\n\n', b"data: \xff\n\n"):
+    deep = b'data: {"x": ' + b"[" * 100_000 + b"\n\n"
+    wrong = [b'data: {"usage": {"completion_tokens": %d}}\n\n' % n for n in (-7, 2**63, 10**400)]
+    for data in (b"data: {oops\n\n", b'data: {"choices": 3}\n\n', b"data: \xff\n\n", deep, *wrong):
         with pytest.raises(BadAnswer, match="no chunk"):
             Answer().at(13.0, data)
     answer = Answer().at(13.0, token())
@@ -103,3 +105,4 @@ def test_messages_of_errors_in_other_forms() -> None:
     assert error_message(b"[1, 2]") == "[1, 2]"
     assert len(error_message(b"x" * 10_000)) == 300
     assert "\ufffd" in error_message(b"\xff")
+    assert error_message(b"[" * 100_000) == "[" * 300

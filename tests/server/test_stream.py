@@ -169,6 +169,17 @@ def test_choice_i_has_seed_plus_i() -> None:
     assert 0 <= found["seed"] < 2**53
 
 
+def test_seeds_are_drawn_from_the_one_that_is_given() -> None:
+    body = {"prompt": "a", "max_tokens": 1}
+
+    def drawn(**options: Any) -> list[int]:
+        app, _ = front(**options)
+        return [json.loads(exchange(app, COMPLETIONS, body).text)["seed"] for _ in range(3)]
+
+    assert drawn(seed=5) == drawn(seed=5) != drawn(seed=6)
+    assert len({*drawn(), *drawn()}) == 6
+
+
 def test_the_seed_is_in_the_first_and_the_last_chunk() -> None:
     app, _ = front()
     body = {"prompt": "a b c", "n": 2, "stream": True, "seed": -5}

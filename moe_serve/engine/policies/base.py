@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from moe_serve.types import Request
 
@@ -15,6 +16,8 @@ class Policy(ABC):
     victim and goes on to its end: no schedule can stand still. A policy that ages requests says so
     in the rank itself: both age alike, hence their order stays.
     """
+
+    reads_priority: ClassVar[bool] = False  # whether a request's priority means anything
 
     @abstractmethod
     def rank(self, request: Request, arrival_s: float) -> float:

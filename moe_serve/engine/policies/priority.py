@@ -16,6 +16,8 @@ class Priority(Policy):
     difference after it: nothing starves.
     """
 
+    reads_priority = True
+
     def rank(self, request: Request, arrival_s: float) -> float:
         return arrival_s + request.priority * AGING_S
 
