@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks import results
-from benchmarks.serving.idle import growth, use_of, wait_until_idle
+from benchmarks.serving.idle import use_of, wait_until_idle
 from benchmarks.serving.report import report
 from benchmarks.serving.served import CHAT_FLAGS, Served, served
 from benchmarks.serving.streams import Stream, run_stream
@@ -202,7 +202,7 @@ class HonestClient:
         return stream.token_ids, stream.error
 
     def _run(self) -> None:
-        while not self._is_over.wait(0.02):
+        while not self._is_over.wait(0.2):
             self.num_streams += 1
             self.num_different += self._tokens() != self._expected
 
@@ -215,7 +215,7 @@ class BadInputs:
     tries: Tries
     num_honest: int
     num_different: int
-    grown_bytes: int
+    grown_bytes: dict[str, int]
     faults: list[str]
 
 
@@ -247,7 +247,11 @@ def run(
     faults += [f"{name} was lost" for name in lost if "grammar_compiler" not in name]
     if honest.num_different:
         faults.append(f"{honest.num_different} honest streams were different")
-    grown = growth({n: use for n, use in uses.items() if n in after}, use_of(server))
+    grown = {
+        name: use.own_bytes - uses[name].own_bytes
+        for name, use in use_of(server).items()
+        if name in uses and name not in lost
+    }
     return BadInputs(tries, honest.num_streams, honest.num_different, grown, faults)
 
 
@@ -268,7 +272,10 @@ def rows_of(found: BadInputs) -> list[results.Row]:
         row("slowest answer", [found.tries.slowest_s], "s", limit=MOST_S),
         row("honest streams beside", [found.num_honest], "count"),
         row("of these different", [found.num_different], "count", limit=0),
-        row("memory grown, all processes", [found.grown_bytes / 2**20], "MiB"),
+        *(
+            row(f"{name}: memory grown", [n / 2**20], "MiB")
+            for name, n in found.grown_bytes.items()
+        ),
     ]
 
 

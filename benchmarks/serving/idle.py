@@ -31,9 +31,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Use:
-    """What one process has of its machine."""
+    """What one process has of its machine.
 
-    rss_bytes: int
+    own_bytes: resident, without the pages of files: those the system takes back and reads again as
+    it likes, so that they tell nothing of what the process keeps.
+    """
+
+    own_bytes: int
     descriptors: int
     threads: int
 
@@ -77,12 +81,14 @@ def use_of(server: Served) -> dict[str, Use]:
     for name, pid in server.processes().items():
         process = psutil.Process(pid)
         with process.oneshot():
-            found[name] = Use(process.memory_info().rss, process.num_fds(), process.num_threads())
+            memory = process.memory_info()
+            own_bytes = memory.rss - memory.shared
+            found[name] = Use(own_bytes, process.num_fds(), process.num_threads())
     return found
 
 
 def growth(before: dict[str, Use], after: dict[str, Use]) -> int:
     """Return by how many bytes the processes of a server have grown together."""
-    return sum(use.rss_bytes for use in after.values()) - sum(
-        use.rss_bytes for use in before.values()
+    return sum(use.own_bytes for use in after.values()) - sum(
+        use.own_bytes for use in before.values()
     )

@@ -119,7 +119,7 @@ class Soak:
     def slope(self, process: str) -> float:
         """Return the bytes by which a process grows with a request."""
         requests = [float(one.num_requests) for one in self.steady]
-        sizes = [float(one.uses[process].rss_bytes) for one in self.steady]
+        sizes = [float(one.uses[process].own_bytes) for one in self.steady]
         return statistics.linear_regression(requests, sizes).slope
 
     def grown(self, process: str, of: Callable[[Use], int]) -> int:
@@ -138,7 +138,7 @@ class Soak:
             if self.num_requests >= SLOPE_FROM and self.slope(process) > MOST_SLOPE:
                 slope = self.slope(process)
                 self.faults.append(f"{process} grows by {slope:.0f} bytes a request")
-            grown = self.grown(process, lambda use: use.rss_bytes)
+            grown = self.grown(process, lambda use: use.own_bytes)
             if grown > MOST_GROWN_BYTES:
                 self.faults.append(f"{process} has grown by {grown / 2**20:.1f} MiB")
             if (more := self.grown(process, lambda use: use.descriptors)) > 0:
@@ -355,7 +355,7 @@ def run(
             found.faults.append(f"after {done} requests the same one has another answer")
         found.samples.append(Sample(done, _settled_use(server, found.samples)))
         if index % 10 == 9:
-            sizes = {name: use.rss_bytes >> 10 for name, use in found.samples[-1].uses.items()}
+            sizes = {name: use.own_bytes >> 10 for name, use in found.samples[-1].uses.items()}
             print(
                 f"  {done} requests, {time.monotonic() - begun_s:.0f} s, KiB: {sizes}", flush=True
             )
@@ -385,7 +385,7 @@ def rows_of(found: Soak) -> list[results.Row]:
             row(f"{process}: memory a request", [found.slope(process)], "bytes", limit=limit)
         )
         for name, unit, of, most in (
-            ("memory", "MiB", lambda use: use.rss_bytes / 2**20, MOST_GROWN_BYTES / 2**20),
+            ("memory", "MiB", lambda use: use.own_bytes / 2**20, MOST_GROWN_BYTES / 2**20),
             ("open files", "count", lambda use: use.descriptors, 0),
             ("threads", "count", lambda use: use.threads, 0),
         ):
