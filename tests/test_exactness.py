@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import exactness
 from benchmarks.results import Row
-from tests.kernels.implementations import IMPLEMENTATIONS, NATIVE, kernels
+from tests.kernels.implementations import FOR_MODELS, NATIVE, kernels
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 NUM_RANDOM = 3
@@ -81,7 +81,7 @@ def test_experts_that_do_not_fit_a_wide_dummy(tmp_path: Path, dtype: str) -> Non
 
 
 # the best one, which the tests above run, is the first native one
-@pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n not in NATIVE[:1]])
+@pytest.mark.parametrize("name", [n for n in FOR_MODELS if n not in NATIVE[:1]])
 @DTYPES
 def test_other_kernels(tmp_path: Path, name: str, dtype: str) -> None:
     chosen = kernels(name)

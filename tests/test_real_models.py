@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_serve.llm import LLM
 from moe_serve.types import SamplingParams
-from tests.kernels.implementations import EACH, IMPLEMENTATIONS, kernels
+from tests.kernels.implementations import EACH_FOR_MODELS, FOR_MODELS, kernels
 
 STORY_TOKENS = 250
 BOS = 1
@@ -49,7 +49,7 @@ def test_stories260k_tells_transformers_story(shared_data: Path) -> None:
             min_new_tokens=STORY_TOKENS,
             max_new_tokens=STORY_TOKENS,
         )
-    for name in IMPLEMENTATIONS:
+    for name in FOR_MODELS:
         llm = LLM(model=str(folder), **_options(name))
         (got,) = _greedy(llm, [[BOS]], STORY_TOKENS)
         # a story ends with BOS, not EOS: both go on with a new one
@@ -59,7 +59,7 @@ def test_stories260k_tells_transformers_story(shared_data: Path) -> None:
     assert text.strip().startswith("Once upon a time, there was a little girl named Lily.")
 
 
-@EACH
+@EACH_FOR_MODELS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_identical_experts_are_the_dense_model(
     shared_data: Path, tmp_path: Path, name: str, dtype: str

@@ -26,7 +26,7 @@ from benchmarks.kernels.workload import WORKLOADS
 from benchmarks.results import write_results
 from moe_serve.kernels.native import loader
 from moe_serve.kernels.suite import Kernels
-from tests.kernels.implementations import IMPLEMENTATIONS
+from tests.kernels.implementations import FOR_MODELS
 from tests.kernels.implementations import kernels as kernels_named
 
 TINY = WORKLOADS["tiny"]
@@ -34,7 +34,7 @@ TINY = WORKLOADS["tiny"]
 EXPERT_BYTES = 3 * 64 * 32 * 2
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=FOR_MODELS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return kernels_named(request.param)
 
@@ -151,7 +151,7 @@ def test_the_torch_limits_read_and_copy_all_of_a_window(limits: Limits) -> None:
     assert copied.nbytes == 2**20
 
 
-@pytest.mark.skipif(len(IMPLEMENTATIONS) == 1, reason="the native library is not built")
+@pytest.mark.skipif(len(FOR_MODELS) == 1, reason="the native library is not built")
 def test_the_native_limits_take_time() -> None:
     native = Limits(loader.load(), 2**16)
     assert native.measured_by == "native"
@@ -317,7 +317,7 @@ class TestStep:
         assert active_bytes(shape, 129, 0) - one == 3 * 1024 * 384 * 2
         assert active_bytes(shape, 128, 10) - one == 10 * 16 * 1024
 
-    @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("name", FOR_MODELS)
     def test_measure(self, name: str, limits: Limits) -> None:
         kind, _, isa = name.partition("-")
         bench = StepBench(TINY, {"kernels": kind, "isa": isa or "auto"})

@@ -17,7 +17,7 @@ from moe_serve.kernels.native import loader
 from moe_serve.layers.attention import LayerCache
 from moe_serve.models.decoder import Decoder
 from moe_serve.types import ForwardBatch, Request, SamplingParams
-from tests.kernels.implementations import EACH, EACH_NATIVE, kernels
+from tests.kernels.implementations import EACH_FOR_MODELS, EACH_NATIVE, kernels
 from tests.models.bad_checkpoints import CONFIG, write_checkpoint
 
 
@@ -108,7 +108,7 @@ def test_dtype(
     assert ("runs in bfloat16" in caplog.text) == (option == "auto" and checkpoint == "float16")
 
 
-@EACH
+@EACH_FOR_MODELS
 def test_the_kernels_asked_for_run(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     wanted = kernels(name)

@@ -24,7 +24,7 @@ from moe_serve.kernels.forward.base import Stopped, Stops
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.types import ForwardBatch, Routing
 from tests.experts.arenas import random_experts
-from tests.kernels.implementations import EACH, IMPLEMENTATIONS, kernels
+from tests.kernels.implementations import EACH_FOR_MODELS, FOR_MODELS, kernels
 from tests.kernels.row_independence import same_bits
 
 LAYERS = (1, 3)  # of the model's four
@@ -69,7 +69,7 @@ class Harness:
 
     def __init__(
         self,
-        name: str = IMPLEMENTATIONS[-1],
+        name: str = FOR_MODELS[-1],
         num_slots: int = 3,
         in_place: bool | None = None,
         clock: Callable[[], float] | None = None,
@@ -178,7 +178,7 @@ def make() -> Iterator[Callable[..., Harness]]:
 Make = Callable[..., Harness]
 
 
-@EACH
+@EACH_FOR_MODELS
 @pytest.mark.parametrize("num_slots", [2, 3, 5, 8])
 @pytest.mark.parametrize("in_place", [None, True, False])
 def test_any_step_gives_the_bits_of_all_in_memory(

@@ -28,11 +28,14 @@ def _names() -> tuple[str, ...]:
 TRITON = ("triton-exact", "triton-fast") if importlib.util.find_spec("triton") else ()
 INTERPRETED = () if torch.cuda.is_available() else TRITON
 IMPLEMENTATIONS = (*_names(), *TRITON)
+# a whole model takes minutes where each kernel is interpreted: see tests/test_triton_engine.py
+FOR_MODELS = tuple(name for name in IMPLEMENTATIONS if name not in INTERPRETED)
 NATIVE = tuple(name for name in IMPLEMENTATIONS if name.startswith("cpu-"))
 # of which a row's bits depend on that row alone
 EXACT = tuple(name for name in IMPLEMENTATIONS if name != "triton-fast")
 
 EACH = pytest.mark.parametrize("name", IMPLEMENTATIONS)
+EACH_FOR_MODELS = pytest.mark.parametrize("name", FOR_MODELS)
 EACH_EXACT = pytest.mark.parametrize("name", EXACT)
 EACH_ON_A_GPU = pytest.mark.parametrize("name", TRITON[:1])
 # without a library these tests are skipped; test_native_is_built.py says where that is an error

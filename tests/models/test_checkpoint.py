@@ -23,7 +23,7 @@ from moe_serve.models.expert_weights import ExpertWeights
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.models.spec import AttentionSpec, LayerSpec, ModelSpec, Part, WeightSpec
-from tests.kernels.implementations import IMPLEMENTATIONS, kernels
+from tests.kernels.implementations import FOR_MODELS, kernels
 from tests.models.bad_checkpoints import write_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -78,7 +78,7 @@ def test_real_checkpoints_are_read_to_the_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FOR_MODELS)
 def test_experts_are_read_into_their_records(
     shared_data: Path, name: str, dtype: torch.dtype
 ) -> None:

@@ -13,7 +13,7 @@ from moe_serve.models.expert_weights import ExpertWeights
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.models.spec import ModelSpec
-from tests.kernels.implementations import IMPLEMENTATIONS, kernels
+from tests.kernels.implementations import FOR_MODELS, kernels
 from tests.models.bad_checkpoints import CONFIG
 
 
@@ -36,7 +36,7 @@ def test_all_weights_are_made_in_their_shape_and_dtype(spec: ModelSpec) -> None:
 
 def test_tensors_that_are_given_are_filled(spec: ModelSpec) -> None:
     plain = dummy_weights(spec, torch.bfloat16)
-    for name in IMPLEMENTATIONS:
+    for name in FOR_MODELS:
         into = ExpertWeights(spec, torch.bfloat16, kernels(name)).plain()
         assert len(into) == 2 * sum(layer.moe is not None for layer in spec.layers) > 0
         assert not any(tensor.is_contiguous() for tensor in into.values())

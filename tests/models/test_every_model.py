@@ -14,7 +14,7 @@ from moe_serve.layers.moe import MoeLayer
 from moe_serve.layers.router import Router
 from moe_serve.models.registry import model_types
 from moe_serve.types import Routing
-from tests.kernels.implementations import DTYPES, EACH, EACH_NATIVE, IMPLEMENTATIONS, kernels
+from tests.kernels.implementations import DTYPES, EACH_FOR_MODELS, EACH_NATIVE, FOR_MODELS, kernels
 from tests.models import tiny
 
 TOLERANCE = 1e-4
@@ -47,7 +47,7 @@ def test_logits_and_routing_equal_transformers(model_type: str, tmp_path: Path) 
     with torch.no_grad():
         want = theirs(torch.tensor([token_ids])).logits[0]
 
-    for name in IMPLEMENTATIONS:
+    for name in FOR_MODELS:
         decoder = tiny.load_decoder(tmp_path, kernels=kernels(name))
         our_choices: list[Tensor] = []
         _watch_routers(decoder, our_choices)
@@ -75,7 +75,7 @@ def _watch_routers(decoder: Any, choices: list[Tensor]) -> None:
             layer.mlp.router = watched(layer.mlp.router)
 
 
-@EACH
+@EACH_FOR_MODELS
 @DTYPES
 @MODEL_TYPES
 def test_prefill_and_decode_are_the_bits_of_one_pass(
@@ -152,7 +152,7 @@ def test_scaled_rotary_embeddings_equal_transformers(rope: dict[str, Any], tmp_p
     assert float((got - want).abs().max()) < TOLERANCE
 
 
-@EACH
+@EACH_FOR_MODELS
 def test_bfloat16_stays_near_float32(name: str, tmp_path: Path) -> None:
     tiny.save_checkpoint(tmp_path, "qwen3")
     narrow, wide = (

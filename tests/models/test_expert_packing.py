@@ -36,7 +36,7 @@ from moe_serve.models.expert_weights import (
 from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.models.spec import ModelSpec
-from tests.kernels.implementations import DTYPES, EACH, kernels
+from tests.kernels.implementations import DTYPES, EACH_FOR_MODELS, kernels
 from tests.models.bad_checkpoints import SINGLE, source_tensors, write_checkpoint
 
 # odd sizes, a layer without experts, and more experts than fit one batch
@@ -108,7 +108,7 @@ def assert_stored(path: Path, layout: StoreLayout, expected: Records) -> None:
             assert torch.equal(into[HEADER_BYTES:], record[HEADER_BYTES:])
 
 
-@EACH
+@EACH_FOR_MODELS
 @DTYPES
 @pytest.mark.parametrize("form", ["single", "sharded", "fused"])
 def test_a_store_holds_what_memory_would(
@@ -123,7 +123,7 @@ def test_a_store_holds_what_memory_would(
     assert_stored(path, layout, in_memory(spec, dtype, kernels(name), tmp_path / "model"))
 
 
-@EACH
+@EACH_FOR_MODELS
 @DTYPES
 def test_a_store_of_dummy_weights(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     spec = write_model(tmp_path / "model")
@@ -133,7 +133,7 @@ def test_a_store_of_dummy_weights(tmp_path: Path, name: str, dtype: torch.dtype)
     assert_stored(path, layout, in_memory(spec, dtype, kernels(name), None))
 
 
-@EACH
+@EACH_FOR_MODELS
 def test_layers_of_several_shapes(tmp_path: Path, name: str) -> None:
     spec = write_model(tmp_path / "model")
     moe = spec.layers[2].moe
