@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_serve.errors import CapacityError
 from moe_serve.kernels.moe.base import HEADER_BYTES, ExpertTable, plain_weights
-from moe_serve.kernels.native.memory import GrowingMemory, allocate
+from moe_serve.kernels.native.memory import GrowingMemory, allocate, allocate_on
 
 MAGIC = b"MOEXPERT"
 VERSION = 1
@@ -25,6 +26,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # magic, version, layout, dtype, quantisation, model id, layer, expert, bytes, crc32
 _HEADER = struct.Struct("<8sHHHH16sIIQI")
 _UNQUANTISED = 0
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,14 @@ class ExpertArena:
         bytes_of_kernel: int,
         slots_before: int = 0,
         held: Mapping[int, Sequence[int]] | None = None,
+        device: torch.device = _HOST,
+        spare_slots: int = 0,
     ) -> None:
         """Allocate. bytes_of_kernel: `record_bytes` of the kernels, before rounding up.
 
         slots_before: how many slots to leave free in front, for a cache of these records. held: the
-        experts of each layer that are kept here, rising; None: all.
+        experts of each layer that are kept here, rising; None: all. device: where records and
+        tables are; spare_slots: by how many a part there can grow. On the host it is as it needs.
         """
         self.layers = tuple(layers)
         self.num_experts = num_experts
@@ -104,7 +109,13 @@ class ExpertArena:
         self._num_slots = len(self._slot)  # usable, from the first on
         self._free: list[int] = []
         num_slots = slots_before + self._num_slots
-        if held is None:
+        self._memory: GrowingMemory | None = None
+        self._device = device
+        if device.type != "cpu":
+            self._free = [*range(self._num_slots, self._num_slots + spare_slots)]
+            num_slots += spare_slots
+            memory = allocate_on(device, num_slots * self.record_bytes)
+        elif held is None:
             memory = allocate(num_slots * self.record_bytes)
         else:
             assert not slots_before, "a rank's records have no cache before them"
@@ -130,11 +141,13 @@ class ExpertArena:
         """Pack all records, whose plain weights were filled, and write their headers."""
         records = self.records[: self._num_slots]
         pack_records_(records, self.hidden_size, self.intermediate_size, self.dtype)
+        headers = bytearray(self._num_slots * HEADER_BYTES)
         for (layer, expert), slot in self._slot.items():
-            header = RecordHeader(
-                layout, self.dtype, model_id, layer, expert, self.record_bytes
-            ).pack()
-            records[slot, :HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+            header = RecordHeader(layout, self.dtype, model_id, layer, expert, self.record_bytes)
+            headers[slot * HEADER_BYTES : (slot + 1) * HEADER_BYTES] = header.pack()
+        if headers:
+            flat = torch.frombuffer(headers, dtype=torch.uint8)
+            records[:, :HEADER_BYTES] = flat.view(-1, HEADER_BYTES).to(self._device)
 
     def table(self, layer: int) -> ExpertTable:
         """Return a layer's experts, those held resident; always the same table."""
@@ -144,8 +157,8 @@ class ExpertArena:
                 slots[expert] = self._slot[layer, expert]
             self._tables[layer] = ExpertTable(
                 self.records,
-                slots,
-                torch.zeros(self.num_experts, dtype=torch.int64),
+                slots.to(self._device),
+                torch.zeros(self.num_experts, dtype=torch.int64, device=self._device),
                 self.hidden_size,
                 self.intermediate_size,
                 self.dtype,
@@ -164,6 +177,11 @@ class ExpertArena:
         Raises CapacityError.
         """
         if not self._free:
+            if self._memory is None:
+                raise CapacityError(
+                    f"no room for another expert of layer {layer} on {self._device}; give a larger "
+                    "rebalance_slots"
+                )
             self._memory.resize((self._num_slots + 1) * self.record_bytes)
             self._free.append(self._num_slots)
             self._num_slots += 1

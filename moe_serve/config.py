@@ -328,8 +328,9 @@ class RuntimeConfig:
     kernels: str = field(
         default="auto",
         metadata={
-            "help": "cpu (native), reference (plain torch), or auto: the best there is.",
-            "choices": ("auto", "cpu", "reference"),
+            "help": "triton (a GPU), cpu (native), reference (plain torch), or auto: the best "
+            "there is.",
+            "choices": ("auto", "cpu", "reference", "triton"),
         },
     )
     isa: str = field(
@@ -339,9 +340,24 @@ class RuntimeConfig:
             "choices": ("auto", "avx512_bf16", "plain"),
         },
     )
+    numerics: str = field(
+        default="exact",
+        metadata={
+            "help": "On a GPU: exact: a token's bits do not depend on what else ran; fast: kernels "
+            "may choose their tiles by the number of rows. On a CPU all is exact.",
+            "choices": ("exact", "fast"),
+        },
+    )
+    gpu_memory_utilization: float = field(
+        default=0.9,
+        metadata={"help": "Share of a GPU's memory that is used, with what others use of it."},
+    )
     fused: bool = field(
         default=True,
-        metadata={"help": "A whole forward pass in one native call: the same bits, less Python."},
+        metadata={
+            "help": "A whole forward pass in one native call, or as CUDA graphs: the same bits, "
+            "less Python."
+        },
     )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; default: torch's choice."}
@@ -356,6 +372,11 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _within("threads", self.threads, 1, _MAX_THREADS)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, and "
+                "at most 1"
+            )
         _within("seed", self.seed, -(2**63), 2**63 - 1)
 
 

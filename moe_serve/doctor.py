@@ -41,7 +41,7 @@ def examine(config: RuntimeConfig) -> dict[str, Any]:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return report_of(suite.load(config.kernels, config.isa), _opened_library())
+    return report_of(suite.load(config.kernels, config.isa, config.numerics), _opened_library())
 
 
 def _opened_library() -> loader.Native | None:

@@ -75,7 +75,7 @@ def plan(
         config=config,
         spec=spec,
         dtype=found_dtype,
-        kernels=suite.load(config.runtime.kernels, config.runtime.isa),
+        kernels=suite.load(config.runtime.kernels, config.runtime.isa, config.runtime.numerics),
         machine=find_machine(machine, config, found_dtype),
         workload=workload,
         trace=None if trace is None else read_trace(trace),

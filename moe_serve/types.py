@@ -6,7 +6,7 @@ Tensors of one step are in `ForwardBatch`. Nothing here knows how a step is made
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ MIN_TEMPERATURE = 1e-30
 MIN_REPETITION_PENALTY = 1e-3
 MIN_TOP_P = 1e-9
 
+_ALIGNMENT = 64
 _MAY_BE_NONE = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
 _TEXT_LISTS = ("stop", "bad_words")
 _FLAGS = (
@@ -301,7 +302,7 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """All that one forward pass needs; complete when made, on the model's device.
+    """All that one forward pass needs; complete when made. On the host, until `on` a device.
 
     A step holds `num_seqs` runs of consecutive tokens, one per sequence, decodes first. Tensors
     named per group have one entry for each of the model's cache groups, in the model's order.
@@ -335,6 +336,46 @@ class ForwardBatch:
     @property
     def num_seqs(self) -> int:
         return len(self.query_lens)
+
+    def on(self, device: torch.device) -> ForwardBatch:
+        """Return this batch, whose tensors are on the host, as the model on `device` takes it.
+
+        They travel as one, and nothing waits for them. `sequence_ids` stays: no model reads it.
+        """
+        if device.type == "cpu":
+            return self
+        fields = [self.token_ids, self.positions, self.sample_rows]
+        moved = _moved([*fields, *self.slot_mapping, *self.block_tables], device)
+        token_ids, positions, sample_rows, *rest = moved
+        count = len(self.slot_mapping)
+        return replace(
+            self,
+            token_ids=token_ids,
+            positions=positions,
+            sample_rows=sample_rows,
+            slot_mapping=tuple(rest[:count]),
+            block_tables=tuple(rest[count:]),
+        )
+
+
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return copies of host tensors on a device: one transfer, which nothing waits for.
+
+    Each begins at a multiple of 64 bytes, whatever the others' sizes: a kernel is compiled anew for
+    another alignment.
+    """
+    ends = np.cumsum([-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors])
+    is_pinned = device.type == "cuda"
+    packed = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=is_pinned)
+    starts = [0, *ends[:-1].tolist()]
+
+    def part_of(memory: Tensor, start: int, like: Tensor) -> Tensor:
+        return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    for start, tensor in zip(starts, tensors, strict=True):
+        part_of(packed, start, tensor).copy_(tensor)
+    there = packed.to(device, non_blocking=is_pinned)
+    return [part_of(there, start, one) for start, one in zip(starts, tensors, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

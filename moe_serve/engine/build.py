@@ -13,12 +13,13 @@ import torch
 
 from moe_serve import plugin
 from moe_serve.config import EngineConfig
+from moe_serve.engine.device_memory import room_on
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.expert_parts import ExpertParts, model_id_of, read_usage
 from moe_serve.engine.grammar import Grammars
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.lockstep import LockstepEngine, LockstepRunner
-from moe_serve.engine.memory import available_bytes, num_kv_blocks
+from moe_serve.engine.memory import num_kv_blocks
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.policies.base import Policy
 from moe_serve.engine.rank_parts import RankParts
@@ -56,24 +57,33 @@ def build_engine(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.num_here))
     scheduling = config.scheduler.scheduling_policy
     policy = plugin.load("moe_serve.engine.policies", scheduling, "scheduling_policy").build()
-    kernels = suite.load(config.runtime.kernels, config.runtime.isa)
+    kernels = suite.load(config.runtime.kernels, config.runtime.isa, config.runtime.numerics)
     if not config.runtime.fused and kernels.build_forward is None:
         logger.warning("fused=False has no effect: the %s kernels run one by one", kernels.name)
     hf_config = HFConfig.read(folder)
     spec = read_spec(hf_config)
     dtype = dtype_of(config.weights.dtype, hf_config.dtype)
     max_model_len = context_of(config.weights.max_model_len, spec.max_position_embeddings)
-    available = available_bytes()
+    room = room_on(kernels.device, config, spec, dtype)
+    available = room.num_bytes
     rank = None
     if ranks is not None:
-        available //= ranks.num_here
+        if kernels.device.type == "cpu":  # a GPU is one rank's alone
+            available //= ranks.num_here
         rank = RankParts(config, spec, ranks, model_id_of(config, folder))
     share = None if rank is None else rank.share
     keeper = read_usage(config, spec, folder, share)
     uses = None if keeper is None else keeper.before.uses
     residency = plan_residency(config, spec, dtype, kernels, max_model_len, available, uses, share)
     num_blocks = num_kv_blocks(
-        config, spec, dtype, max_model_len, available, residency.model_bytes, residency.kv_bytes
+        config,
+        spec,
+        dtype,
+        max_model_len,
+        available,
+        residency.model_bytes,
+        residency.kv_bytes,
+        room.kv_share,
     )
     numerics_id = f"{kernels.numerics_id}-{str(dtype).removeprefix('torch.')}"
     if rank is not None:
@@ -134,7 +144,7 @@ def _engine(
         clock=clock,
         admission_horizon=config.scheduler.admission_horizon,
     )
-    sampler = Sampler(spec.vocab_size, torch.device("cpu"), kernels.sampling)
+    sampler = Sampler(spec.vocab_size, kernels.device, kernels.sampling)
     kv_bytes = sum(
         (count + 1) * block_size * group.bytes_per_token
         for count, group in zip(num_blocks, model.groups, strict=True)

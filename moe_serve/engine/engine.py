@@ -8,8 +8,8 @@ from typing import Any
 
 from moe_serve.config import EngineConfig
 from moe_serve.engine.admission import check_priority
+from moe_serve.engine.device_memory import usable_bytes
 from moe_serve.engine.grammar import Grammars
-from moe_serve.engine.memory import available_bytes
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.scheduler import Scheduler
 from moe_serve.engine.sequence import ScheduledStep
@@ -279,7 +279,8 @@ class Engine:
         return {}
 
     def _available_bytes(self) -> int:
-        return available_bytes()
+        device = self.runner.model.kernels.device
+        return usable_bytes(device, self.config.runtime.gpu_memory_utilization)
 
     def close(self) -> None:
         """Stop what runs beside the steps, and write traces and profiles that were asked for.

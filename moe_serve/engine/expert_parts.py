@@ -96,6 +96,7 @@ class ExpertParts:
         self._spec = spec
         self._dtype = dtype
         self._kernels = kernels
+        self._device = kernels.device
         self._residency = residency
         self._folder = folder
         self._numerics_id = numerics_id
@@ -156,7 +157,9 @@ class ExpertParts:
 
     def _resident(self) -> tuple[dict[str, Tensor], Experts]:
         held = None if self._share is None else self._share.held
-        weights = ExpertWeights(self._spec, self._dtype, self._kernels, held=held)
+        weights = ExpertWeights(
+            self._spec, self._dtype, self._kernels, held=held, spare_slots=self._spare_slots
+        )
         if held is None:
             others = self._fill_all(weights.plain())
         else:
@@ -208,6 +211,16 @@ class ExpertParts:
         source = StoreSource(store, self._layers)
         queue = open_transfers(source, memory.records, memory.most_slots, DISK_THREADS)
         return others, _Tier(source, queue, memory)
+
+    @property
+    def _spare_slots(self) -> int:
+        """How many experts more this rank may come to hold: those of a layer, while it changes."""
+        options = self._config.ranks
+        if self._share is None or options.rebalance is None:
+            return 0
+        held = self._share.most_held
+        more = max(0, (options.rebalance_slots or held) - held)
+        return held + more * len(self._layers)
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -325,7 +338,9 @@ class ExpertParts:
         is_softmax = routers[0].score in ("softmax", "softmax_after_top_k")
 
         def arrays(name: str) -> list[Array]:
-            return [weights[f"layers.{layer}.{name}"].float().numpy() for layer in self._layers]
+            return [
+                weights[f"layers.{layer}.{name}"].float().cpu().numpy() for layer in self._layers
+            ]
 
         return Gates(
             router_weights=arrays("router"),
@@ -351,18 +366,18 @@ class ExpertParts:
     def _fill_all(self, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Load everything, the experts into `into`; return what is no expert's."""
         if self._is_dummy:
-            weights = dummy_weights(self._spec, self._dtype, into=into)
+            weights = dummy_weights(self._spec, self._dtype, device=self._device, into=into)
         else:
             weights = load_weights(
-                self._folder, self._spec, self._dtype, on_progress=self._on_progress, into=into
+                self._folder, self._spec, self._dtype, self._device, self._on_progress, into
             )
         return {name: tensor for name, tensor in weights.items() if name not in into}
 
     def _fill_others(self) -> dict[str, Tensor]:
         names = names_without_experts(self._spec)
         if self._is_dummy:
-            return dummy_weights(self._spec, self._dtype, names=names)
-        return load_weights(self._folder, self._spec, self._dtype, names=names)
+            return dummy_weights(self._spec, self._dtype, device=self._device, names=names)
+        return load_weights(self._folder, self._spec, self._dtype, self._device, names=names)
 
     def _fill_experts(self) -> FillExperts:
         if self._is_dummy:

@@ -27,6 +27,8 @@ from moe_serve.types import ForwardBatch, StepOutput
 class LockstepRunner(ModelRunner):
     """Runs steps whose MoE layers are shared with other ranks."""
 
+    may_split = False  # they wait for one pass of each
+
     def run(self, step: ScheduledStep) -> SamplerOutput:
         """See `ModelRunner`. What fails here still takes its part in what others wait for."""
         try:
@@ -151,7 +153,8 @@ class LockstepEngine(Engine):
         return experts.recent.take()
 
     def _available_bytes(self) -> int:
-        return super()._available_bytes() // self._num_here
+        is_on_host = self.runner.model.kernels.device.type == "cpu"
+        return super()._available_bytes() // (self._num_here if is_on_host else 1)
 
     def _advance(self, move_bytes: int) -> None:
         if self._mover is not None:

@@ -17,7 +17,7 @@ from moe_serve.models.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 # of the memory that is free once the weights are there; the rest is for work space and others
-_KV_SHARE = 0.25
+KV_SHARE = 0.25
 # what the block pool itself keeps of a block: an entry in three lists and an int
 _POOL_BYTES_PER_BLOCK = 64
 _TABLE_ENTRY_BYTES = 4
@@ -33,14 +33,14 @@ def num_kv_blocks(
     available: int,
     weights: int,
     kv_bytes: int | None = None,
+    kv_share: float = KV_SHARE,
 ) -> tuple[int, ...]:
     """Return how many usable blocks each cache group gets: the same number for all.
 
-    As the options say, or else enough for `max_num_seqs` requests of full length, but at most a
-    quarter of what the model leaves of `available` bytes. weights: the bytes of the model's weights
-    that are held; kv_bytes: what keys and values get where the options do not say. Raises
-    CapacityError when weights, tables and blocks together need more than is
-    available.
+    As the options say, or else enough for `max_num_seqs` requests of full length, but at most
+    `kv_share` of what the model leaves of `available` bytes. weights: the bytes of the model's
+    weights that are held; kv_bytes: what keys and values get where the options do not say. Raises
+    CapacityError when weights, tables and blocks together need more than is available.
     """
     groups = spec.cache_groups(dtype.itemsize)
     tokens_bytes = sum(group.bytes_per_token for group in groups) * config.kv.block_size
@@ -70,14 +70,15 @@ def num_kv_blocks(
             )
     else:
         wanted = blocks_per_request * config.scheduler.max_num_seqs
-        share = int(free * _KV_SHARE) if kv_bytes is None else min(free, kv_bytes)
+        share = int(free * kv_share) if kv_bytes is None else min(free, kv_bytes)
         count = max(1, min(wanted, share // block_bytes))
         if count < wanted and kv_bytes is None:
             logger.info(
-                "KV cache: %d blocks of %d tokens, a quarter of the free memory; %d requests of "
+                "KV cache: %d blocks of %d tokens, %.0f %% of the free memory; %d requests of "
                 "full length (%d tokens) would fill %d: lower max_model_len, or give kv_cache_gb",
                 count,
                 config.kv.block_size,
+                100 * kv_share,
                 config.scheduler.max_num_seqs,
                 max_model_len,
                 wanted,

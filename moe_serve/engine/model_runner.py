@@ -5,6 +5,8 @@ Knows block tables and caches, not who waits or why.
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,11 @@ from torch import Tensor
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.sampler import Sampler
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
+from moe_serve.engine.step_parts import halves, joined
 from moe_serve.models.decoder import Decoder
 from moe_serve.types import ForwardBatch, TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 # rows of logits at once for prompt logprobs: bounds memory, a vocabulary is wide
 _LOGIT_ROWS = 256
@@ -23,6 +28,8 @@ _LOGIT_ROWS = 256
 
 class ModelRunner:
     """Runs steps of one model on one device."""
+
+    may_split = True
 
     def __init__(
         self,
@@ -41,6 +48,8 @@ class ModelRunner:
         self._kv = kv
         self._block_size = kv.block_size
         self._sampler = sampler
+        self._device = model.kernels.device
+        self._most_tokens = sys.maxsize
         self._caches = model.allocate_caches(num_blocks, kv.block_size)
         self._fused = model.fused(self._caches) if is_fused else None
         self._may_return_routing = may_return_routing
@@ -48,15 +57,43 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> SamplerOutput:
-        """Give each of `step.sampled` its next token."""
+        """Give each of `step.sampled` its next token.
+
+        A step that a GPU has no memory for is run in parts, and so is every one as large from then
+        on; of one token, or where other ranks take part, torch.OutOfMemoryError is raised.
+        """
         self._copy_blocks(step.block_copies)
+        return self._run_in_parts(step)
+
+    def _run_in_parts(self, step: ScheduledStep) -> SamplerOutput:
+        num_tokens = step.num_tokens
+        if num_tokens <= self._most_tokens:
+            try:
+                return self._run(step)
+            except torch.OutOfMemoryError as error:
+                if num_tokens == 1 or not self.may_split:
+                    raise
+                message = (str(error).splitlines() or [""])[0]
+            self._most_tokens = num_tokens // 2
+            logger.warning(
+                "no memory for a step of %d tokens (%s): from now on they run in parts of %d at "
+                "most; lower max_num_batched_tokens or max_num_seqs",
+                num_tokens, message, self._most_tokens,
+            )  # fmt: skip
+            torch.cuda.empty_cache()  # nothing where there is no GPU
+        first, last = halves(step)
+        num_before = len(first.sequences) if len(step.sequences) > 1 else 0
+        return joined(self._run_in_parts(first), self._run_in_parts(last), num_before)
+
+    def _run(self, step: ScheduledStep) -> SamplerOutput:
         batch = build_batch(step, self._kv.tables, self._block_size)
+        placed = batch.on(self._device)
         wanting: list[int] = []
         if self._may_return_routing:
             wanting = [index for index, one in enumerate(step.sequences) if one.routing is not None]
-        hidden, ids = self._forward(batch, bool(wanting))  # [num_tokens, hidden_size]
+        hidden, ids = self._forward(batch, placed, bool(wanting))  # [num_tokens, hidden_size]
         if step.sampled:
-            logits = self.model.logits(hidden[batch.sample_rows])
+            logits = self.model.logits(hidden[placed.sample_rows])
             output = self._sampler.sample(logits, step.sampled)
         else:
             output = SamplerOutput([])
@@ -66,16 +103,19 @@ class ModelRunner:
             output.routed_experts.update(self._routed_experts(step, ids, wanting))
         return output
 
-    def _forward(self, batch: ForwardBatch, is_noted: bool) -> tuple[Tensor, Tensor | None]:
+    def _forward(
+        self, batch: ForwardBatch, placed: ForwardBatch, is_noted: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Run the model; return its rows and, where asked for, which experts the tokens used.
 
-        These are int64 [num_layers, num_tokens, top_k]; see `Watcher`.
+        These are int64 [num_layers, num_tokens, top_k]; see `Watcher`. placed: the batch, on the
+        model's device.
         """
         with self.model.experts.step(batch, is_noted) as watcher:
             if self._fused is not None:
-                hidden = self._fused(batch, watcher)
+                hidden = self._fused(placed, watcher)
             else:
-                hidden = self.model.forward(batch, self._caches)
+                hidden = self.model.forward(placed, self._caches)
             return hidden, watcher.ids if is_noted and watcher is not None else None
 
     def _routed_experts(
@@ -96,7 +136,7 @@ class ModelRunner:
         for group, pairs in zip(self.model.groups, copies, strict=True):
             if not pairs:
                 continue
-            sources, targets = torch.tensor(pairs).t()  # [num_pairs] each
+            sources, targets = torch.tensor(pairs, device=self._device).t()  # [num_pairs] each
             for layer in group.layers:
                 for cache in (self._caches[layer].key, self._caches[layer].value):
                     blocks = cache.view(cache.shape[0], -1, size, cache.shape[2])
@@ -112,7 +152,7 @@ class ModelRunner:
             zip(step.sequences, step.query_lens, strict=True)
         ):
             top = sequence.request.sampling.prompt_logprobs
-            first = sequence.num_computed_tokens + 1
+            first = sequence.num_computed_tokens + step.num_skipped + 1
             # the row of the last prompt token speaks of an output, not of a prompt token
             count = min(first + length, sequence.num_prompt_tokens) - first
             if top is not None and sequence.index == 0 and count > 0:
@@ -150,13 +190,12 @@ def build_batch(
     """
     sequences, lens = step.sequences, step.query_lens
     starts = np.array([sequence.num_computed_tokens for sequence in sequences], dtype=np.int64)
+    starts += step.num_skipped
     lengths = np.array(lens, dtype=np.int64)
     token_ids = [
         token
-        for sequence, length in zip(sequences, lens, strict=True)
-        for token in sequence.token_ids[
-            sequence.num_computed_tokens : sequence.num_computed_tokens + length
-        ]
+        for sequence, start, length in zip(sequences, starts.tolist(), lens, strict=True)
+        for token in sequence.token_ids[start : start + length]
     ]
     ends = np.cumsum(lengths)
     places = np.repeat(np.arange(len(sequences)), lengths)  # [num_tokens], in `sequences`

@@ -181,7 +181,9 @@ class RankParts:
         self._ranks.wait_for_all("loaded")
         self.header.share(0, 0)
         if self._progress is not None and isinstance(self._progress.inner, auto.Auto):
-            hidden = torch.zeros(1, model.spec.hidden_size, dtype=model.dtype)
+            hidden = torch.zeros(
+                1, model.spec.hidden_size, dtype=model.dtype, device=model.kernels.device
+            )
             self._progress.inner.fit(self._progress.layout.layers[0], hidden, top_k)
             self._progress.inner.forget_steps()
         self.world.forget()

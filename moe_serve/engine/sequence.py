@@ -89,6 +89,7 @@ class ScheduledStep:
     sampled: the sequence that receives each of those tokens (for forks: outputs 0 .. n-1).
     block_copies: per cache group, (source, destination) block ids to be copied before the forward
         pass: copy on write.
+    num_skipped: of a part of a step with one sequence: its tokens that another part has run.
     """
 
     step: int
@@ -97,6 +98,7 @@ class ScheduledStep:
     sample_sources: list[int]
     sampled: list[Sequence]
     block_copies: tuple[list[tuple[int, int]], ...]
+    num_skipped: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -81,13 +81,14 @@ class Kernels:
     build_forward: Callable[..., forward_cpu.Forward] | None = None
 
 
-def load(name: str = "auto", isa: str = "auto", numerics: Numerics = "exact") -> Kernels:
+def load(name: str = "auto", isa: str = "auto", numerics: str = "exact") -> Kernels:
     """Return an implementation's kernels: "cpu", "reference", "triton", or "auto", the best here.
 
     isa: the native kernels' instruction set, or "auto". numerics: whether those of a GPU may choose
-    their tiles by the number of rows. "triton" without a GPU is interpreted: for tests. Plain C++
-    is 5 to 30 times slower than torch with AVX2 (docs/log.md), so it serves only where it is asked
-    for. Raises ConfigError for what is not to be had here.
+    their tiles by the number of rows. The best is a GPU's, where there is one. "triton" without a
+    GPU is interpreted: for tests. Plain C++ is 5 to 30 times slower than torch with AVX2
+    (docs/log.md), so it serves only where it is asked for. Raises ConfigError for what is not to be
+    had here.
     """
     if name not in KERNELS:
         raise ConfigError(f"kernels is {name!r}; there are: {', '.join(KERNELS)}")
@@ -97,6 +98,13 @@ def load(name: str = "auto", isa: str = "auto", numerics: Numerics = "exact") ->
         if isa != "auto":
             raise ConfigError(f"isa is {isa!r}, but the Triton kernels have none; leave it out")
         return _triton(numerics, "asked for")
+    if name == "auto" and isa == "auto" and torch.cuda.is_available():
+        try:
+            return _triton(numerics, f"a GPU is here: {torch.cuda.get_device_name()}")
+        except ConfigError as error:
+            logger.warning("the GPU is not used: %s", error)
+    if numerics == "fast":
+        logger.warning("numerics=fast has no effect: on a CPU all is exact")
     if name == "reference":
         if isa != "auto":
             raise ConfigError(f"isa is {isa!r}, but the reference kernels have none; leave it out")

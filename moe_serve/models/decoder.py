@@ -139,7 +139,8 @@ class Decoder:
         self._group_of_layer = {
             layer: index for index, group in enumerate(self.groups) for layer in group.layers
         }
-        self._rope = rope_table(spec.attention.rope, spec.attention.head_dim, max_model_len)
+        cos, sin = rope_table(spec.attention.rope, spec.attention.head_dim, max_model_len)
+        self._rope = cos.to(kernels.device), sin.to(kernels.device)
         self.layers = [
             self._build_layer(index, layer, weights) for index, layer in enumerate(spec.layers)
         ]
@@ -228,7 +229,9 @@ class Decoder:
 
         A rank that has no token, or whose step has failed, owes its part to the others.
         """
-        empty = torch.zeros(num_tokens, self.spec.hidden_size, dtype=self.dtype)
+        empty = torch.zeros(
+            num_tokens, self.spec.hidden_size, dtype=self.dtype, device=self.kernels.device
+        )
         for index, layer in enumerate(self.layers):
             if isinstance(layer.mlp, MoeLayer) and (done is None or index > done):
                 layer.mlp(empty, empty)
@@ -291,7 +294,7 @@ class Decoder:
         def empty(num_slots: int) -> Tensor:
             shape = (spec.num_kv_heads, num_slots, spec.head_dim)
             try:
-                cache = torch.empty(shape, dtype=self.dtype)
+                cache = torch.empty(shape, dtype=self.dtype, device=self.kernels.device)
             except (RuntimeError, MemoryError) as error:
                 raise CapacityError(
                     f"no memory for the keys of {num_slots} tokens in one layer; "

@@ -42,11 +42,12 @@ class ExpertWeights:
         kernels: Kernels,
         slots_before: int = 0,
         held: Mapping[int, Sequence[int]] | None = None,
+        spare_slots: int = 0,
     ) -> None:
         """Allocate. Raises CapacityError where there is no memory.
 
         slots_before: slots of a cache, in front of each arena's records. held: by layer, the
-        experts that are kept in this process, rising; None: all.
+        experts that are kept in this process, rising; None: all. spare_slots: see `ExpertArena`.
         """
         self._kernels = kernels
         routers = [layer.moe.router for layer in spec.layers if layer.moe is not None]
@@ -66,6 +67,8 @@ class ExpertWeights:
                 kernels.record_bytes(spec.hidden_size, size, dtype),
                 slots_before,
                 held,
+                kernels.device,
+                spare_slots,
             )
             for (num_experts, size), layers in layers_of_shape.items()
         ]
