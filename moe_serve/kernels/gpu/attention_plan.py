@@ -131,7 +131,8 @@ def plan(
     items = np.stack([order.astype(np.int32), starts[order], lens[order], contexts[order]])
     packed = torch.from_numpy(items)
     if block_table.is_cuda:
-        packed = packed.pin_memory().to(block_table.device, non_blocking=True)
+        packed = packed.pin_memory()
+    packed = packed.to(block_table.device, non_blocking=True)
     num_decodes = query_lens.count(1)
     bounds: tuple[tuple[Kind, slice], ...] = (
         ("decode", slice(0, num_decodes)),
