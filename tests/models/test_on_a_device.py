@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from moe_serve.kernels import suite
 from moe_serve.models.decoder import build_decoder
@@ -16,51 +14,16 @@ from moe_serve.models.hf_config import HFConfig
 from moe_serve.models.registry import read_spec
 from moe_serve.types import ForwardBatch
 from tests.models import tiny
+from tests.models.elsewhere import ELSEWHERE, launches
 
 pytest.importorskip("triton")
 
-# tensors there have no bytes, and cannot be mixed with those on the host
-ELSEWHERE = torch.device("meta")
-
-
-class _Launches:
-    """Takes kernels' launches: checks where their tensors are, runs none."""
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-
-    def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        name = kernel.fn.__name__
-        self.names.add(name)
-        for place, value in enumerate([*args, *kwargs.values()]):
-            if isinstance(value, Tensor):
-                assert value.device == ELSEWHERE, f"{name}: argument {place} is on {value.device}"
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> _Launches:
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from moe_serve.kernels.gpu import triton as gpu
-
-    if not gpu.IS_INTERPRETED:
-        pytest.skip("kernels are compiled here")
-    taken = _Launches()
-    monkeypatch.setattr(InterpretedFunction, "run", lambda *a, **k: taken.run(*a, **k))
-    for module in ("gpu", "linear", "moe", "sampling"):
-        found = __import__(f"moe_serve.kernels.{module}.triton", fromlist=["device"])
-        if hasattr(found, "device"):
-            monkeypatch.setattr(found, "device", lambda: ELSEWHERE)
-    return taken
-
 
 @pytest.mark.parametrize("model_type", sorted(tiny.CONFIGS))
-def test_all_of_a_model_is_on_its_device(
-    model_type: str, launches: _Launches, tmp_path: Path
-) -> None:
+def test_all_of_a_model_is_on_its_device(model_type: str, tmp_path: Path) -> None:
     tiny.save_checkpoint(tmp_path, model_type)
     spec = read_spec(HFConfig.read(tmp_path))
-    with torch.inference_mode():
+    with launches() as taken, torch.inference_mode():
         kernels = suite.load("triton")
         assert kernels.device == ELSEWHERE
         decoder = build_decoder(
@@ -75,7 +38,7 @@ def test_all_of_a_model_is_on_its_device(
         hidden = decoder.forward(batch, caches)
         logits = decoder.logits(hidden[batch.sample_rows])
     assert hidden.device == logits.device == ELSEWHERE
-    assert {"_attend", "_linear"} <= launches.names
+    assert {"_attend", "_linear"} <= taken.names
     assert batch.sequence_ids.device.type == "cpu"
 
 
