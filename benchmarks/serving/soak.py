@@ -7,7 +7,8 @@ prompt or a key in it.
 
     python -m benchmarks.serving.soak --requests 20000 --save
 
-Memory is sampled while nothing is under way, and its slope is that of least squares. What is
+Memory is sampled when nothing has been under way for a second, in which the front end gives back
+what is free; its slope is that of least squares. What is
 bounded is filled first: the names of tokens, the short strings that the parser of bodies remembers
 (16,384), every KV block, and the buffers of the largest step. Allocators keep what was freed: of
 few requests the slope says nothing, and only what has grown is judged.
@@ -38,6 +39,8 @@ MOST_GROWN_BYTES = 24 * 2**20
 MOST_LOG_BYTES = 64 * 2**10
 # with fewer requests the slope is the allocator's
 SLOPE_FROM = 10_000
+# by when a front end that has nothing to do has given memory back
+_GIVEN_BACK_S = 1.2
 KEY = "sk-of-the-soak-29f1c3"
 MARK = "zanzibarish"
 # few KV blocks, so that all have been used soon: memory that was never touched is not there yet
@@ -351,6 +354,7 @@ def run(
         done = until
         wait_until_idle(server)
         _, again = server.post("/v1/completions", CANARY)
+        time.sleep(_GIVEN_BACK_S)
         if again["choices"] != first["choices"]:
             found.faults.append(f"after {done} requests the same one has another answer")
         found.samples.append(Sample(done, _settled_use(server, found.samples)))

@@ -27,6 +27,7 @@ from moe_serve.server.dashboard import dashboard_routes
 from moe_serve.server.doorway import Doorway, ensure_descriptors
 from moe_serve.server.engine_client import EngineClient
 from moe_serve.server.guard import Guard
+from moe_serve.server.heap import Heap
 from moe_serve.server.messages import BEAT_S, SILENT_AFTER_S, CannotStart, Drain
 from moe_serve.server.metrics import Metrics
 from moe_serve.server.options import ServerConfig
@@ -123,6 +124,7 @@ class FrontEnd:
         )
         self._over = asyncio.Event()
         self._tick_s = time.monotonic()
+        self._heap = Heap()
         self._background: set[asyncio.Task[None]] = set()
 
     async def run(self, listener: socket.socket, host: socket.socket) -> int:
@@ -173,10 +175,14 @@ class FrontEnd:
         self._over.set()
 
     async def _beat(self) -> None:
-        """Tell the host that this process lives, and end requests when the host does not."""
+        """Tell the host that this process lives, and end requests when the host does not.
+
+        And give back what memory they have left behind.
+        """
         while True:
             self._tick_s = time.monotonic()
             self._client.send_beat(self._guard.num_generating)
+            self._heap.tick(self._guard.num_generating)
             if self._client.silent_s > SILENT_AFTER_S:
                 self._client.give_up_silent()
             await asyncio.sleep(BEAT_S / 2)
