@@ -87,13 +87,12 @@ class ModelRunner:
 
     def _run(self, step: ScheduledStep) -> SamplerOutput:
         batch = build_batch(step, self._kv.tables, self._block_size)
-        placed = batch.on(self._device)
         wanting: list[int] = []
         if self._may_return_routing:
             wanting = [index for index, one in enumerate(step.sequences) if one.routing is not None]
-        hidden, ids = self._forward(batch, placed, bool(wanting))  # [num_tokens, hidden_size]
+        hidden, ids = self._forward(batch, bool(wanting))  # [num_tokens, hidden_size]
         if step.sampled:
-            logits = self.model.logits(hidden[placed.sample_rows])
+            logits = self.model.logits(self._sample_rows(batch, hidden))
             output = self._sampler.sample(logits, step.sampled)
         else:
             output = SamplerOutput([])
@@ -103,19 +102,23 @@ class ModelRunner:
             output.routed_experts.update(self._routed_experts(step, ids, wanting))
         return output
 
-    def _forward(
-        self, batch: ForwardBatch, placed: ForwardBatch, is_noted: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _sample_rows(self, batch: ForwardBatch, hidden: Tensor) -> Tensor:
+        """Return the rows of `hidden` after which tokens are sampled: often all, in their order."""
+        rows = batch.sample_rows
+        if torch.equal(rows, torch.arange(batch.num_tokens)):
+            return hidden
+        return hidden[rows.to(self._device)]
+
+    def _forward(self, batch: ForwardBatch, is_noted: bool) -> tuple[Tensor, Tensor | None]:
         """Run the model; return its rows and, where asked for, which experts the tokens used.
 
-        These are int64 [num_layers, num_tokens, top_k]; see `Watcher`. placed: the batch, on the
-        model's device.
+        These are int64 [num_layers, num_tokens, top_k]; see `Watcher`.
         """
         with self.model.experts.step(batch, is_noted) as watcher:
             if self._fused is not None:
-                hidden = self._fused(placed, watcher)
+                hidden = self._fused(batch, watcher)  # brings it to the device itself
             else:
-                hidden = self.model.forward(placed, self._caches)
+                hidden = self.model.forward(batch.on(self._device), self._caches)
             return hidden, watcher.ids if is_noted and watcher is not None else None
 
     def _routed_experts(
