@@ -193,6 +193,7 @@ def _triton(numerics: Numerics, reason: str) -> Kernels:
             "kernels is 'triton', but Triton is not installed (pip install triton)"
         ) from error
     from moe_serve.kernels.combine import triton as combine_triton
+    from moe_serve.kernels.exchange import triton as exchange_triton
     from moe_serve.kernels.linear import triton as linear_triton
     from moe_serve.kernels.moe import triton as moe_triton
     from moe_serve.kernels.paged_attention import triton as attention_triton
@@ -226,6 +227,9 @@ def _triton(numerics: Numerics, reason: str) -> Kernels:
         sort_pairs=router_triton.sort_pairs,
         shared_weights=router_triton.shared_weights,
         combine=combine_triton.combine,
+        pack_rows=exchange_triton.pack_rows,
+        unpack_rows=exchange_triton.unpack_rows,
+        scatter_rows=exchange_triton.scatter_rows,
         sampling=sampling_triton,
     )
 
