@@ -255,25 +255,26 @@ def test_a_gpu_passes_over_what_it_cannot_refuse(name: str) -> None:
 
 
 @EACH_ON_A_GPU
-@DTYPES
 @LAYOUTS
 def test_what_is_looked_at_in_parts_is_the_same(
-    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, layout: str
+    monkeypatch: pytest.MonkeyPatch, name: str, layout: str
 ) -> None:
     """Many tokens and rows take more programs than one for a rank or an expert."""
     from moe_serve.kernels.exchange import triton  # which a machine may not have
 
     monkeypatch.setattr(triton, "CHOICES", (Tiles(4, 16, 4),))
     monkeypatch.setattr(triton, "_LEAST_CHUNKS", 1)
-    check_equal(name, case_of(3, 19, 3, 5, 3, 6, dtype, 2), layout)
-    check_equal(name, case_of(4, 3, 1, 2, 2, 1, dtype, 1), layout)
+    check_equal(name, case_of(3, 10, 3, 4, 2, 6, torch.bfloat16, 2), layout)
 
 
 @EACH_ON_A_GPU
 @LAYOUTS
-def test_nothing_waits_for_the_device(name: str, layout: str) -> None:
-    from tests.kernels.no_waiting import no_waiting
+def test_nothing_waits_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, name: str, layout: str
+) -> None:
+    from tests.kernels.no_waiting import no_waiting  # which needs Triton
 
+    monkeypatch.undo()  # what poisons memory is no part of it
     case = case_of(0, 9, 2, 4, 2, 8, torch.bfloat16, 2)
     plan, pack = plan_of(layout, case), kernels(name)
     out = torch.zeros(plan.num_rows(9, 2), row_bytes(8, torch.bfloat16, 2), dtype=torch.uint8)

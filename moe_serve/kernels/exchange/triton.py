@@ -147,6 +147,7 @@ def pack_rows(
     assert capacity is None or num_tokens <= plan.rounds * capacity, (num_tokens, plan)
     wanted = plan.num_rows(num_tokens, top_k), row_bytes(hidden.shape[1], hidden.dtype, top_k)
     assert out.shape == wanted, (out.shape, wanted)
+    assert out.is_contiguous(), out.stride()
     units = out.view(NAME)
     moved = hidden.contiguous().view(NAME)
     size = moved.shape[1]
@@ -338,7 +339,7 @@ def unpack_rows(
     wanted = num_rows, row_bytes(hidden_size, out.dtype, top_k)
     assert packed.shape == wanted, (packed.shape, wanted)
     device = packed.device
-    units, room = packed.view(NAME), out.view(NAME)
+    units, room = packed.contiguous().view(NAME), out.view(NAME)
     size = room.shape[1]
     tiles, width = _tiles(top_k)
     num_chunks = max(1, triton.cdiv(num_rows, tiles.rows))
