@@ -47,6 +47,10 @@ class Replicas(NamedTuple):
     ranks: Tensor
     counts: Tensor
 
+    def to(self, device: torch.device) -> Replicas:
+        """Return the same on another device."""
+        return Replicas(self.ranks.to(device), self.counts.to(device))
+
 
 class Packed(NamedTuple):
     """What `pack_rows` tells of the rows it wrote.
