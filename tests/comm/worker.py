@@ -89,8 +89,8 @@ def step(
         scores = torch.rand(own, num_experts, generator=source).to(DEVICE)
         weights, ids = scores.sort(1, descending=True)
         routing = Routing(ids[:, :top_k].contiguous(), weights[:, :top_k].contiguous())
-        shared = torch.randn(own, HIDDEN, generator=source).to(DEVICE, dtype)
-        shared = shared if seed % 2 else None
+        added = torch.randn(own, HIDDEN, generator=source).to(DEVICE, dtype)
+        shared = added if seed % 2 else None
         inbox, receipt = dispatcher.dispatch(layer, hidden, routing)
         out = dispatcher.combine(run_experts(placement, layer, world.rank, inbox), receipt, shared)
         inbox, receipt = reference.dispatch(layer, hidden, routing)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_serve.errors import ConfigError
 from moe_serve.launch import gpus
@@ -18,7 +19,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(gpus.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     return taken
 
 
@@ -35,7 +36,7 @@ def test_more_ranks_than_gpus_are_refused_with_the_numbers(taken: list[int]) -> 
 
 
 def test_a_rank_alone_needs_no_nccl(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus.dist, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     gpus.check_gpus(1)
     with pytest.raises(ConfigError, match="NCCL"):
         gpus.check_gpus(2)
