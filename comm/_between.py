@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_serve.comm._layout import Layout
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Receipt
+from moe_serve.kernels.exchange.base import Replicas
 from moe_serve.kernels.suite import Kernels
 
 Meanwhile = Callable[[], None] | None
@@ -42,6 +43,11 @@ class Between(ABC):
         return self._kernels.combine(
             home, receipt.pair_of_choice, receipt.weights, shared, shared_weights
         )
+
+    def _replicas(self, layer: int, expert_ids: Tensor) -> Replicas:
+        """Return which rank each token takes for each expert; see `Layout.replicas`."""
+        self._world.num_waits += self._layout.is_filled(layer)
+        return self._layout.replicas(layer, expert_ids)
 
     @abstractmethod
     def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:

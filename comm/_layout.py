@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.comm._replica_choice import candidates, filled
+from moe_serve.comm._world import HOST
 from moe_serve.kernels.exchange.base import Replicas
 
 
@@ -26,12 +27,15 @@ class Layout:
         layers: Sequence[int],
         rank: int,
         replica_choice: str = "nearest",
+        device: torch.device = HOST,
     ) -> None:
         """holders: each layer's ranks of each expert, rising, as a `Placement` has them.
 
         layers: the model's numbers of these layers, in order. replica_choice: one of `CHOICES`.
+        device: where the tensors are, those that it gives and those that it is asked about.
         """
         self._replica_choice = replica_choice
+        self._device = device
         self.rank = rank
         self.num_ranks = num_ranks
         self._ranks_per_node = ranks_per_node
@@ -40,7 +44,9 @@ class Layout:
         self._index = {layer: index for index, layer in enumerate(layers)}
         self.epoch = 0
         size = len(holders)
-        self._held_keys: list[Tensor] = [torch.empty(0)] * size
+        self._key_of_held: list[Tensor] = [torch.empty(0)] * size
+        self._rank_of_held: list[Tensor] = [torch.empty(0)] * size
+        self._is_filled = [False] * size
         self._num_held: list[list[int]] = [[]] * size
         self._held: list[Tensor] = [torch.empty(0)] * size
         self._replicas = [Replicas(torch.empty(0), torch.empty(0))] * size
@@ -60,12 +66,16 @@ class Layout:
         holds = torch.zeros(self.num_experts, self.num_ranks, dtype=torch.bool)
         for expert, ranks in enumerate(holders):
             holds[expert, list(ranks)] = True
-        self._held_keys[index] = holds.T.flatten().nonzero()[:, 0]
+        is_held = holds.T.flatten()  # [num_ranks * num_experts]
+        self._key_of_held[index] = (is_held.cumsum(0) - 1).to(self._device)
+        self._rank_of_held[index] = holds.T.nonzero()[:, 0].to(self._device)
         self._num_held[index] = holds.sum(0).tolist()
-        self._held[index] = holds[:, self.rank].nonzero()[:, 0]
-        self._replicas[index] = candidates(
-            holders, self.rank, self._ranks_per_node, self._replica_choice
-        )
+        self._held[index] = holds[:, self.rank].nonzero()[:, 0].to(self._device)
+        chosen = candidates(holders, self.rank, self._ranks_per_node, self._replica_choice)
+        is_filling = self._replica_choice == "water_filling"
+        self._is_filled[index] = is_filling and chosen.ranks.shape[1] > 1
+        # what is filled is filled on the host
+        self._replicas[index] = chosen if self._is_filled[index] else chosen.to(self._device)
 
     def num_held(self, layer: int) -> list[int]:
         """Return how many experts of a layer each rank holds."""
@@ -75,9 +85,23 @@ class Layout:
         """Return which experts of a layer this rank holds, int64, rising."""
         return self._held[self._index[layer]]
 
-    def held_keys(self, layer: int) -> Tensor:
-        """Return rank * num_experts + expert of all that any rank holds, int64, rising."""
-        return self._held_keys[self._index[layer]]
+    def keys(self, layer: int, ranks: Tensor, expert_ids: Tensor) -> Tensor:
+        """Number what ranks hold of a layer, rank by rank, experts rising; return those numbers.
+
+        ranks, expert_ids: int64, of one shape; each rank must hold its expert.
+        """
+        numbers: Tensor = self._key_of_held[self._index[layer]][
+            ranks * self.num_experts + expert_ids
+        ]
+        return numbers
+
+    def rank_of_key(self, layer: int) -> Tensor:
+        """Return the rank of each of those numbers, int64, rising."""
+        return self._rank_of_held[self._index[layer]]
+
+    def is_filled(self, layer: int) -> bool:
+        """Return whether `replicas` looks at `expert_ids`, which must come to the host for it."""
+        return self._is_filled[self._index[layer]]
 
     def replicas(self, layer: int, expert_ids: Tensor) -> Replicas:
         """Return which rank each token takes for each expert of a layer.
@@ -85,14 +109,19 @@ class Layout:
         expert_ids: int64 [num_tokens, top_k], of this rank's tokens.
         """
         replicas = self._replicas[self._index[layer]]
-        if self._replica_choice == "water_filling" and len(expert_ids):
-            return filled(replicas, expert_ids, self.num_ranks)
+        if self._is_filled[self._index[layer]]:
+            return filled(replicas, expert_ids.cpu(), self.num_ranks).to(self._device)
         return replicas
 
     def choose(self, layer: int, expert_ids: Tensor) -> Tensor:
         """Return the rank for each choice, int64 [num_tokens, top_k] like `expert_ids`."""
-        ranks, counts = self.replicas(layer, expert_ids)
-        if ranks.shape[1] == 1:
-            return ranks[:, 0][expert_ids]
-        turn = torch.arange(expert_ids.shape[0])[:, None] % counts[expert_ids]
-        return ranks[expert_ids, turn]
+        return chosen(self.replicas(layer, expert_ids), expert_ids)
+
+
+def chosen(replicas: Replicas, expert_ids: Tensor) -> Tensor:
+    """Return the rank that each token takes for each choice, int64, like `expert_ids`."""
+    ranks, counts = replicas
+    if ranks.shape[1] == 1:
+        return ranks[:, 0][expert_ids]
+    turn = torch.arange(expert_ids.shape[0], device=expert_ids.device)[:, None]
+    return ranks[expert_ids, turn % counts[expert_ids]]

@@ -5,12 +5,12 @@ Not exact: a rank adds up its own part and rounds it, where one process rounds o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from moe_serve.comm._rows import RowsOnce
+from moe_serve.comm._rows import RowsOnce, without_room
 from moe_serve.comm.base import Inbox, Receipt
 from moe_serve.kernels.exchange.base import NAME, Packed, RowPlan
 from moe_serve.types import Routing
@@ -53,24 +53,33 @@ class Sums(RowsOnce):
         routing: Routing,
         plan: RowPlan,
         about: Packed,
+        num_pairs: int | None = None,
     ) -> tuple[Inbox, SumsReceipt]:
-        """Take rows apart that came; plan.width must be top_k. Returns inbox and receipt."""
+        """Take rows apart that came; plan.width must be top_k. Returns inbox and receipt.
+
+        num_pairs: of the inbox; None where only the device knows.
+        """
         top_k, size = routing.expert_ids.shape[1], hidden.shape[1]
         inbox, places, _ = self._unpack(came, in_rows, weighted, top_k, plan)
-        num_slots, num_pairs = came.shape[0], len(places)
+        if num_pairs is not None:
+            inbox, places = without_room(inbox, places, num_pairs)
+        num_slots = came.shape[0]
         names = _tail(came, 0, top_k, NAME)
         told = _tail(came, top_k * NAME.itemsize, top_k, _WEIGHT)
         is_here = names >= 0
-        turn = is_here.cumsum(1) - 1
-        slot, choice = is_here.nonzero(as_tuple=True)
-        weights = torch.zeros(num_slots, top_k)
-        weights[slot, turn[slot, choice]] = told[slot, choice]
-        pairs = torch.zeros(num_slots, top_k, dtype=torch.int64)
-        pairs.view(-1)[places] = torch.arange(num_pairs)
+        those_here_first = torch.sort(is_here, dim=1, descending=True, stable=True).indices
+        counted = torch.arange(top_k, device=came.device)
+        has_pair = counted < is_here.sum(1, keepdim=True)
+        weights = told.gather(1, those_here_first).where(has_pair, torch.zeros_like(told))
+        # one more, for what has no place
+        pairs = places.new_zeros(num_slots * top_k + 1)
+        at = places.where(places >= 0, places.new_full((), num_slots * top_k))
+        pairs.index_copy_(0, at, torch.arange(len(places), device=places.device))
+        pairs = pairs[:-1].view(num_slots, top_k)
         # what is not there weighs 0, and is the row's own first: NaN stays where it is
-        pairs = torch.where(torch.arange(top_k) < is_here.sum(1, keepdim=True), pairs, pairs[:, :1])
+        pairs = torch.where(has_pair, pairs, pairs[:, :1])
         is_first = about.place_of_choice % top_k == 0
-        inbox = Inbox(inbox.rows[:, :size].contiguous(), inbox.row_of_pair, inbox.counts)
+        inbox = replace(inbox, rows=inbox.rows[:, :size].contiguous())
         receipt = SumsReceipt(about.place_of_choice // top_k, is_first.to(_WEIGHT), pairs, weights)
         return inbox, receipt
 

@@ -1,6 +1,9 @@
 """The ranks that exchange rows: one collective, counted. Over gloo between processes, NCCL on GPUs.
 
-All-to-all is all that dispatchers use, so that there is one thing to count and to time.
+All-to-all is all that dispatchers use, so that there is one thing to count and to time. What lies
+in a GPU's memory travels over NCCL, in the order of the device's work: the host does not wait, and
+so neither sees how long it takes nor that another rank is gone. What lies in host memory, as all
+that ranks agree on, travels over gloo, also where the rows do not.
 """
 
 from __future__ import annotations
@@ -15,23 +18,30 @@ from torch import Tensor
 
 from moe_serve.errors import CommError
 
+HOST = torch.device("cpu")
+
 
 class World:
     """A process group, and what went through it.
 
-    num_collectives: calls since the start; bytes_sent: by this rank to others; exchange_s: seconds
-    in them, waiting for others too, but without what was done meanwhile. pairs_sent: (token,
-    expert) pairs of this rank whose expert was at another one; dispatchers count them.
+    device: where rows are. num_collectives: calls since the start; bytes_sent: by this rank to
+    others; both without what a CUDA graph has done again. exchange_s: seconds in the calls, waiting
+    for others too, but without what was done meanwhile; None on a GPU, where nobody waits for them.
+    num_waits: how often dispatchers had to know what the device has counted, for which the host
+    waits until it has.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device = HOST) -> None:
+        """group: one that can carry host memory, and the device's."""
         self._group = group
+        self.device = device
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self._pairs = torch.zeros(self.size, dtype=torch.int64, device=device)
         self.num_collectives = 0
         self.bytes_sent = 0
-        self.pairs_sent = 0
-        self.exchange_s = 0.0
+        self.num_waits = 0
+        self.exchange_s = 0.0 if device.type == "cpu" else None
 
     def exchange(
         self,
@@ -47,7 +57,7 @@ class World:
         many go to and come from each rank, this one too. Every rank must call it, also with none.
         meanwhile: called while they are on their way. into: [sum(in_rows), width], for what comes,
         else it is new. Raises CommError when a rank is gone, or does not come within the group's
-        timeout.
+        timeout; of rows on a GPU nobody hears that here.
         """
         num_out, num_in, width = sum(out_rows), sum(in_rows), rows.shape[1]
         assert rows.shape[0] == num_out, (rows.shape, out_rows)
@@ -110,12 +120,43 @@ class World:
             except RuntimeError as error:
                 raise self._lost(error) from error
         self.num_collectives += 1
-        self.exchange_s += time.perf_counter() - start_s - meanwhile_s
+        if self.exchange_s is not None:
+            self.exchange_s += time.perf_counter() - start_s - meanwhile_s
+
+    def read(self, *counts: Tensor) -> list[list[int]]:
+        """Return what the device has counted, of each tensor; the host waits for it, once for all.
+
+        counts: int64 [size of its own]. Raises CommError where what they wait for has failed.
+        """
+        self.num_waits += 1
+        try:
+            numbers = iter(torch.cat(counts).tolist())
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return [[next(numbers) for _ in range(len(one))] for one in counts]
+
+    def connect(self) -> None:
+        """Exchange something on the device, so that the first rows need not wait for it.
+
+        Collective; the host waits. Raises CommError.
+        """
+        self.read(self.exchange_evenly(self._pairs[:, None])[:, 0])
+
+    def count_pairs(self, pairs_of_rank: Tensor) -> None:
+        """Count (token, expert) pairs of this rank, int64 [size], by the rank of their expert."""
+        self._pairs.add_(pairs_of_rank)
+
+    @property
+    def pairs_sent(self) -> int:
+        """(Token, expert) pairs of this rank whose expert was at another; the device is asked."""
+        pairs: list[int] = self._pairs.tolist()
+        return sum(pairs) - pairs[self.rank]
 
     def forget(self) -> None:
         """Count from now on: what was measured at start is over."""
-        self.num_collectives = self.bytes_sent = self.pairs_sent = 0
-        self.exchange_s = 0.0
+        self.num_collectives = self.bytes_sent = self.num_waits = 0
+        self._pairs.zero_()
+        self.exchange_s = None if self.exchange_s is None else 0.0
 
     def close(self) -> None:
         """Give the group back; nothing can be exchanged any more."""

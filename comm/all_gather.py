@@ -6,6 +6,8 @@ token's experts are on most ranks anyway.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,14 @@ from moe_serve.types import Routing
 class AllGather(RowsOnce):
     """See `comm.base.Dispatcher`."""
 
+    def __init__(self, world: World, layout: Layout, kernels: Kernels) -> None:
+        super().__init__(world, layout, kernels)
+        self._in_rows = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+
+    def begin_step(self, num_tokens: Sequence[int]) -> None:
+        super().begin_step(num_tokens)
+        self._in_rows = torch.tensor(self._num_tokens, device=self._world.device)
+
     def dispatch(
         self, layer: int, hidden: Tensor, routing: Routing, meanwhile: Meanwhile = None
     ) -> tuple[Inbox, Receipt]:
@@ -31,7 +41,10 @@ class AllGather(RowsOnce):
         rows, packed = self._pack(layer, hidden, routing, plan)
         room = self._room(sum(in_rows), rows)
         came = world.exchange(rows, [num_tokens] * world.size, in_rows, meanwhile, room)
-        return self._received(came, torch.tensor(in_rows), hidden, routing, plan, packed)
+        top_k = routing.expert_ids.shape[1]
+        inbox, places, pairs_out = self._unpack(came, self._in_rows, hidden, top_k, plan)
+        pairs = world.read(packed.pairs_of_rank, pairs_out)
+        return self._received(inbox, places, routing, packed, *pairs)
 
 
 def build(world: World, layout: Layout, kernels: Kernels) -> AllGather:

@@ -21,7 +21,8 @@ class Inbox:
     rows: [num_received, hidden_size]. row_of_pair: int64 [num_pairs], the row of each (token,
     expert) pair, pairs sorted by expert; counts: int64 [num_experts], pairs of each expert, 0 for
     those of other ranks. returns: "rows", one result per pair, or "sums", one per row, already
-    weighted by `weights` (float32 [num_pairs], else None).
+    weighted by `weights` (float32 [num_pairs], else None). has_room: whether `row_of_pair` may be
+    longer than there are pairs, which only the device knows then: see `kernels.exchange.Unpacked`.
     """
 
     rows: Tensor
@@ -29,6 +30,7 @@ class Inbox:
     counts: Tensor
     weights: Tensor | None = None
     returns: Literal["rows", "sums"] = "rows"
+    has_room: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,12 @@ class Dedup(RowsOnce):
         world = self._world
         plan = RowPlan(world.size)
         rows, packed = self._pack(layer, hidden, routing, plan)
-        in_rows = world.exchange_evenly(packed.rows_of_rank[:, None])[:, 0]
-        out_rows, each = packed.rows_of_rank.tolist(), in_rows.tolist()
+        in_rows, (out_rows, each, pairs_in, pairs_out) = self._told(packed)
         room = self._room(sum(each), rows)
         came = world.exchange(rows[: sum(out_rows)], out_rows, each, meanwhile, room)
-        return self._received(came, in_rows, hidden, routing, plan, packed)
+        top_k = routing.expert_ids.shape[1]
+        inbox, places, _ = self._unpack(came, in_rows, hidden, top_k, plan)
+        return self._received(inbox, places, routing, packed, pairs_in, pairs_out)
 
 
 def build(world: World, layout: Layout, kernels: Kernels) -> Dedup:

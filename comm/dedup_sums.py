@@ -30,11 +30,10 @@ class DedupSums(Sums):
         world = self._world
         plan = RowPlan(world.size, width=routing.expert_ids.shape[1])
         weighted, rows, about = self._pack_weighted(layer, hidden, routing, plan)
-        in_rows = world.exchange_evenly(about.rows_of_rank[:, None])[:, 0]
-        out_rows, each = about.rows_of_rank.tolist(), in_rows.tolist()
+        in_rows, (out_rows, each, _, pairs_out) = self._told(about)
         came = world.exchange(rows[: sum(out_rows)], out_rows, each, meanwhile)
         inbox, receipt = self._unpack_weighted(
-            came, in_rows, weighted, hidden, routing, plan, about
+            came, in_rows, weighted, hidden, routing, plan, about, sum(pairs_out)
         )
         return inbox, replace(receipt, in_rows=each, out_rows=out_rows)
 

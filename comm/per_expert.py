@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.comm._between import Between, Meanwhile
-from moe_serve.comm._layout import Layout
+from moe_serve.comm._layout import Layout, chosen
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Inbox, Receipt
 from moe_serve.kernels.suite import Kernels
@@ -31,26 +31,27 @@ class PerExpert(Between):
     def dispatch(
         self, layer: int, hidden: Tensor, routing: Routing, meanwhile: Meanwhile = None
     ) -> tuple[Inbox, Receipt]:
-        world, layout = self._world, self._layout
-        num_held, num_experts = layout.num_held(layer), layout.num_experts
-        ids = routing.expert_ids
-        key = (layout.choose(layer, ids) * num_experts + ids).flatten()
-        order = key.argsort(stable=True)
-        counts = key.bincount(minlength=world.size * num_experts)[layout.held_keys(layer)]
+        world, layout, kernels = self._world, self._layout, self._kernels
+        num_held, ids = layout.num_held(layer), routing.expert_ids
+        ranks = chosen(self._replicas(layer, ids), ids)
+        counts, token_of_row, places = kernels.sort_pairs(
+            layout.keys(layer, ranks, ids), sum(num_held)
+        )
         own = num_held[world.rank]
         came = world.exchange(counts[:, None], num_held, [own] * world.size)
         came = came.view(world.size, own)
-        in_rows = came.sum(1).tolist()
-        out_rows = [int(part.sum()) for part in torch.split(counts, num_held)]
-        world.pairs_sent += len(order) - out_rows[world.rank]
-        top_k = ids.shape[1]
-        rows = world.exchange(hidden[order // top_k], out_rows, in_rows, meanwhile)
-        expert_of_row = layout.held(layer).repeat(world.size).repeat_interleave(came.flatten())
-        row_of_pair = expert_of_row.argsort(stable=True)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order))
-        receipt = PairsReceipt(places.view_as(ids), routing.weights, row_of_pair, out_rows, in_rows)
-        return Inbox(rows, row_of_pair, expert_of_row.bincount(minlength=num_experts)), receipt
+        pairs_of_rank = counts.new_zeros(world.size)
+        pairs_of_rank.index_add_(0, layout.rank_of_key(layer), counts)
+        world.count_pairs(pairs_of_rank)
+        out_rows, in_rows = world.read(pairs_of_rank, came.sum(1))
+        rows = world.exchange(hidden[token_of_row], out_rows, in_rows, meanwhile)
+        numbers = torch.arange(own, device=ids.device).repeat(world.size)
+        number_of_row = numbers.repeat_interleave(came.flatten(), output_size=sum(in_rows))
+        own_counts, row_of_pair, _ = kernels.sort_pairs(number_of_row[:, None], own)
+        counts = counts.new_zeros(layout.num_experts)
+        counts.index_copy_(0, layout.held(layer), own_counts)
+        receipt = PairsReceipt(places, routing.weights, row_of_pair, out_rows, in_rows)
+        return Inbox(rows, row_of_pair, counts), receipt
 
     def _send_back(self, outbox: Tensor, receipt: Receipt) -> Tensor:
         assert isinstance(receipt, PairsReceipt)

@@ -3,9 +3,14 @@
 Two collectives. Rank-major: [ranks, capacity] rows out, unused ones naming no expert, and
 [ranks, capacity, width] results back, where width is the most experts of a layer that a token can
 have on one rank. The capacity is the step's most tokens, rounded up to a power of two, and at most
-MOST_ROWS (`_rounds`): what does not fit goes in another round, nothing is dropped. Exact. Only the
-exchanges have fixed shapes: what is between them depends on the routing, and no CUDA graph can hold
-it yet.
+MOST_ROWS (`_rounds`): what does not fit goes in another round, nothing is dropped. Exact.
+
+On a GPU a CUDA graph can hold dispatch, experts and combine: the host waits for nothing, and no
+shape depends on the routing. The inbox has room for the most pairs that there may be, `counts`, on
+the device, say how many there are, and results of none go nowhere. Such a graph is good for one
+number of this rank's tokens, one capacity and number of rounds, and until a layer is placed anew;
+the memory that it uses stays where it is. (With replicas chosen by water_filling there can be none:
+they are chosen on the host.) A CPU's kernels know how many pairs there are, and make no such room.
 """
 
 from __future__ import annotations

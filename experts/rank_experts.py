@@ -32,13 +32,14 @@ class RankExperts:
     Sequences that used those experts then end with an error, at their own ranks; others go on.
     Experts may move to other ranks: as whole records where they are held in memory; where a cache
     stands before a store, which has all, none needs to travel. pairs_computed: (token, expert)
-    pairs that came since the start, from all ranks.
+    pairs that came since the start, from all ranks; the device may be asked for it.
     """
 
     def __init__(self, inner: ResidentExperts | OffloadedExperts, is_noting: bool = False) -> None:
         """is_noting: keep what the latest tokens used."""
         self.inner = inner
-        self.pairs_computed = 0
+        self._num_pairs = 0
+        self._counted: Tensor | None = None  # pairs, where the device alone knows how many
         self.recent = RecentRouting(sorted(inner.layers)) if is_noting else None
         self.layers: dict[int, ExpertTable] = inner.layers
         self._index = {layer: index for index, layer in enumerate(sorted(inner.layers))}
@@ -59,7 +60,7 @@ class RankExperts:
             recent.end()
 
     def run(self, layer: int, inbox: Inbox, routing: Routing, residual: Tensor) -> Tensor:
-        self.pairs_computed += inbox.row_of_pair.shape[0]
+        self._count(inbox)
         if self.recent is not None:
             self.recent.note(layer, routing)
         try:
@@ -68,6 +69,18 @@ class RankExperts:
             logger.error("experts of layer %d: %s: %s", layer, type(error).__name__, error)
             num_pairs, size = inbox.row_of_pair.shape[0], self.layers[layer].hidden_size
             return inbox.rows.new_full((num_pairs, size), float("nan"))
+
+    @property
+    def pairs_computed(self) -> int:
+        return self._num_pairs + (0 if self._counted is None else int(self._counted))
+
+    def _count(self, inbox: Inbox) -> None:
+        if not inbox.has_room:
+            self._num_pairs += inbox.row_of_pair.shape[0]
+            return
+        if self._counted is None:
+            self._counted = torch.zeros((), dtype=torch.int64, device=inbox.counts.device)
+        self._counted.add_(inbox.counts.sum())
 
     def resident(self) -> list[list[int]]:
         return self.inner.resident()
@@ -93,12 +106,11 @@ class RankExperts:
         return int(self.layers[layer].records.shape[1]) + _CRC_BYTES
 
     def packed(self, layer: int, experts: Sequence[int]) -> Tensor:
-        """Return held experts as they travel, uint8 [num_experts, message_bytes]."""
-        out = torch.empty(len(experts), self.message_bytes(layer), dtype=torch.uint8)
+        """Return held experts as they travel, uint8 [num_experts, message_bytes], on the host."""
+        out = torch.empty(len(experts), self.message_bytes(layer), dtype=torch.uint8, device="cpu")
         for row, expert in zip(out, experts, strict=True):
-            record = self._arena(layer).record(layer, expert)
-            row[:-_CRC_BYTES] = record
-            crc = zlib.crc32(record.numpy()).to_bytes(_CRC_BYTES, "little")
+            row[:-_CRC_BYTES] = self._arena(layer).record(layer, expert)
+            crc = zlib.crc32(row[:-_CRC_BYTES].numpy()).to_bytes(_CRC_BYTES, "little")
             row[-_CRC_BYTES:] = torch.frombuffer(bytearray(crc), dtype=torch.uint8)
         return out
 
@@ -118,7 +130,7 @@ class RankExperts:
             is_held[list(held)] = True
             return
         arena = self._arena(layer)
-        before = np.flatnonzero(self.layers[layer].slot_of_expert.numpy() >= 0).tolist()
+        before = np.flatnonzero(self.layers[layer].slot_of_expert.cpu().numpy() >= 0).tolist()
         for expert in sorted(set(held) - set(before)):
             arena.show(layer, expert)
         for expert in sorted(set(before) - set(held)):

@@ -109,8 +109,9 @@ class RankStats(msgspec.Struct, frozen=True):
     num_idle_steps: in which others had tokens, and it had none. num_tokens: given to its own
     requests. pairs_computed: (token, expert) pairs that its experts were given, by all ranks;
     pairs_sent: of its own tokens', those that went to other ranks (both 0 of one that is alone).
-    bytes_sent: to others, in
-    num_collectives. exchange_s: seconds in these, waiting for others too. epoch: how often a layer
+    bytes_sent: to others, in num_collectives. exchange_s: seconds in these, waiting for others too;
+    None on a GPU, where nobody waits for them. num_waits: how often dispatchers made the host wait
+    for what the device counts. epoch: how often a layer
     of experts was placed anew; experts_moved, bytes_moved: for that, on all ranks together.
     """
 
@@ -124,7 +125,8 @@ class RankStats(msgspec.Struct, frozen=True):
     pairs_sent: int
     num_collectives: int
     bytes_sent: int
-    exchange_s: float
+    exchange_s: float | None
+    num_waits: int
     epoch: int
     experts_moved: int
     bytes_moved: int

@@ -22,8 +22,10 @@ from moe_serve.engine.expert_parts import model_id_of
 from moe_serve.engine.ranks import share_of
 from moe_serve.errors import CommError, ConfigError
 from moe_serve.experts.placement.base import Mesh
+from moe_serve.kernels import suite
 from moe_serve.launch.coordinator import RankedEngine
 from moe_serve.launch.environment import RankEnvironment, read_environment
+from moe_serve.launch.gpus import check_gpus
 from moe_serve.launch.lasting import LastingEngine
 from moe_serve.launch.links import LocalLink, RemoteLink, poll_all, wait_until_ready
 from moe_serve.launch.messages import Call, FromRank, Hello
@@ -90,6 +92,8 @@ def worlds_of(config: EngineConfig, model: Path) -> Callable[[int], RankedEngine
     num_ranks = config.ranks.ep_size or 1
     spec = read_spec(HFConfig.read(model))
     if num_ranks > 1:
+        if suite.device_of(config.runtime.kernels).type == "cuda":
+            check_gpus(num_ranks)
         mesh = Mesh(num_ranks=num_ranks, ranks_per_node=num_ranks)
         share_of(config.ranks, spec, mesh, 0, model_id_of(config, model))
 

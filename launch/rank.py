@@ -17,7 +17,9 @@ from moe_serve.config import EngineConfig
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.lockstep import LockstepEngine
 from moe_serve.errors import ConfigError, MoeServeError
+from moe_serve.kernels import suite
 from moe_serve.launch.environment import read_environment
+from moe_serve.launch.gpus import take_gpu
 from moe_serve.launch.messages import Call, Hello
 from moe_serve.launch.rendezvous import Rendezvous
 from moe_serve.launch.worker import Follower, Heart, RankWorker, tell_failure
@@ -71,7 +73,10 @@ def open_worker(config: EngineConfig, model: Path, rendezvous: Rendezvous) -> Ra
     Raises what any rank refuses, on all of them.
     """
     try:
-        ranks = rendezvous.ranks()
+        device = suite.device_of(config.runtime.kernels)
+        if device.type == "cuda":
+            take_gpu(rendezvous.environment)
+        ranks = rendezvous.ranks(device)
         engine = build_engine(config, model, ranks=ranks)
     except MoeServeError as error:
         rendezvous.refuse(error)

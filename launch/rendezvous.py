@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import msgspec
+import torch
 import torch.distributed as dist
 
-from moe_serve.comm._world import World
+from moe_serve.comm._world import HOST, World
 from moe_serve.engine.ranks import Ranks
 from moe_serve.errors import CommError, MoeServeError
 from moe_serve.experts.placement.base import Mesh
@@ -71,10 +72,11 @@ class Rendezvous:
         prefix = f"moe_serve/{environment.generation}/{next(_WORLDS)}"
         return cls(environment, dist.PrefixStore(prefix, store))  # type: ignore[attr-defined]
 
-    def ranks(self) -> Ranks:
+    def ranks(self, device: torch.device = HOST) -> Ranks:
         """Make the process group, and return what an engine needs to know of it.
 
-        Raises CommError where a rank does not come within JOIN_S.
+        device: where this rank's rows are; of a GPU, which `take_gpu` has made this process' own,
+        they travel over NCCL. Raises CommError where a rank does not come within JOIN_S.
         """
         environment = self.environment
         limit = datetime.timedelta(seconds=COLLECTIVE_S)
@@ -87,14 +89,15 @@ class Rendezvous:
                     world_size=environment.world_size,
                     timeout=limit,
                 )
-            group = dist.new_group(backend="gloo", timeout=limit)
+            backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+            group = dist.new_group(backend=backend, timeout=limit)
         except (RuntimeError, ValueError) as error:
             raise CommError(
                 f"rank {environment.rank}: the {environment.world_size} ranks did not come "
                 f"together: {str(error).splitlines()[0]}"
             ) from error
         return Ranks(
-            world=World(group),
+            world=World(group, device),
             mesh=Mesh(
                 num_ranks=environment.world_size, ranks_per_node=environment.local_world_size
             ),

@@ -185,6 +185,7 @@ class RankWorker:
             num_collectives=0 if self._world is None else self._world.num_collectives,
             bytes_sent=0 if self._world is None else self._world.bytes_sent,
             exchange_s=0.0 if self._world is None else self._world.exchange_s,
+            num_waits=0 if self._world is None else self._world.num_waits,
             epoch=self.engine.epoch,
             experts_moved=self.engine.num_moved,
             bytes_moved=self.engine.bytes_moved,

@@ -169,7 +169,7 @@ class RankParts:
             return None
         layout = Layout(
             share.placement.ranks, mesh.num_ranks, mesh.ranks_per_node, share.layers, share.rank,
-            self._config.ranks.replicas,
+            self._config.ranks.replicas, kernels.device,
         )  # fmt: skip
         options = {"with_sums": True} if is_partial and module is auto else {}
         dispatcher = module.build(self.world, layout, kernels, **options)
@@ -180,6 +180,7 @@ class RankParts:
         """Wait for all ranks, and let them exchange something before the first request does."""
         self._ranks.wait_for_all("loaded")
         self.header.share(0, 0)
+        self.world.connect()
         if self._progress is not None and isinstance(self._progress.inner, auto.Auto):
             hidden = torch.zeros(
                 1, model.spec.hidden_size, dtype=model.dtype, device=model.kernels.device

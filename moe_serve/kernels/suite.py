@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -191,16 +192,31 @@ def _reference(reason: str) -> Kernels:
     )
 
 
-def _triton(numerics: Numerics, reason: str) -> Kernels:
+def device_of(name: str) -> torch.device:
+    """Return where the tensors of `load(name)`'s kernels are, without loading the others.
+
+    Raises ConfigError as it does.
+    """
+    return _gpu().device() if name == "triton" else torch.device("cpu")
+
+
+def _gpu() -> ModuleType:
+    """Return what all Triton kernels share."""
     try:
-        from moe_serve.kernels.gpu import triton as gpu
+        from moe_serve.kernels.gpu import triton
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise ConfigError(
             "kernels is 'triton', but Triton is not installed (pip install triton)"
         ) from error
+    return triton
+
+
+def _triton(numerics: Numerics, reason: str) -> Kernels:
+    gpu = _gpu()
     from moe_serve.kernels.combine import triton as combine_triton
+    from moe_serve.kernels.exchange import triton as exchange_triton
     from moe_serve.kernels.linear import triton as linear_triton
     from moe_serve.kernels.moe import triton as moe_triton
     from moe_serve.kernels.paged_attention import triton as attention_triton
@@ -234,6 +250,9 @@ def _triton(numerics: Numerics, reason: str) -> Kernels:
         sort_pairs=router_triton.sort_pairs,
         shared_weights=router_triton.shared_weights,
         combine=combine_triton.combine,
+        pack_rows=exchange_triton.pack_rows,
+        unpack_rows=exchange_triton.unpack_rows,
+        scatter_rows=exchange_triton.scatter_rows,
         sampling=sampling_triton,
     )
 

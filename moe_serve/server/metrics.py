@@ -250,8 +250,9 @@ class Metrics(Collector):
             ("ep_exchange_seconds", "Time in exchanges, waiting for others too", "exchange_s"),
             ("placement_migration_bytes", "Of experts that moved, on all ranks", "bytes_moved"),
         ):  # fmt: skip
-            values = {rank["rank"]: rank[key] for rank in ranks}
-            yield self._counters(name, about, "rank", values)
+            values = {rank["rank"]: rank[key] for rank in ranks if rank[key] is not None}
+            if values:  # nobody has measured how long GPUs exchange
+                yield self._counters(name, about, "rank", values)
         epochs = {rank["rank"]: rank["epoch"] for rank in ranks}
         yield self._gauges("placement_epoch", "Layers that were placed anew", "rank", epochs)
 

@@ -13,7 +13,7 @@ from math import comb
 from moe_serve.comm._rounds import MOST_ROWS
 
 DISPATCHERS = ("per_expert", "dedup", "all_gather", "static")
-_COUNT_BYTES = 8  # a count of rows, int64
+_COUNT_BYTES = 8  # a count of rows or pairs, int64
 _NAME_BYTES = 2  # an expert named beside a row, int16
 
 
@@ -65,5 +65,5 @@ def exchange(
         return Exchange(2 * num_rounds, float(num_rounds * padded))
     num_bytes = num_tokens * (out * named_bytes + back * row_bytes)
     if name == "dedup":
-        return Exchange(3, num_bytes + others * _COUNT_BYTES)
+        return Exchange(3, num_bytes + 2 * others * _COUNT_BYTES)  # of rows, and of pairs
     return Exchange(2, num_bytes)

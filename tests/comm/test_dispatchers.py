@@ -11,8 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.implementations import INTERPRETED
 
-def run_ranks(repository: Path, size: int, cases: int) -> list[dict[str, int]]:
+
+def run_ranks(
+    repository: Path,
+    size: int,
+    cases: int,
+    kernels: str = "reference auto",
+    most_tokens: int = 70,
+    device: str = "cpu",
+) -> list[dict[str, int]]:
     """Run tests.comm.worker on `size` processes; return what each printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -22,6 +31,9 @@ def run_ranks(repository: Path, size: int, cases: int) -> list[dict[str, int]]:
         "WORLD_SIZE": str(size),
         "STORE_PORT": str(port),
         "CASES": str(cases),
+        "KERNELS": kernels,
+        "DEVICE": device,
+        "MOST_TOKENS": str(most_tokens),
         "OMP_NUM_THREADS": "1",
     }
     ranks = [
@@ -51,3 +63,17 @@ def test_every_dispatcher_gives_the_bits_of_one_process(repository: Path, size: 
     counted = run_ranks(repository, size, cases=25)
     assert len({one["collectives"] for one in counted}) == 1
     assert all((one["bytes"] > 0) == (size > 1) for one in counted)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton, and no GPU")
+def test_every_dispatcher_gives_the_bits_of_one_process_by_triton(repository: Path) -> None:
+    """Interpreted; where inboxes have room for more pairs than there are."""
+    counted = run_ranks(repository, 2, cases=1, kernels="triton", most_tokens=5)
+    assert len({one["collectives"] for one in counted}) == 1
+
+
+@pytest.mark.gpu
+def test_every_dispatcher_on_a_gpu_with_one_rank(repository: Path) -> None:
+    """Over NCCL, with replays of a graph that holds a layer through static."""
+    (counted,) = run_ranks(repository, 1, cases=25, kernels="triton", device="cuda")
+    assert counted["bytes"] == 0

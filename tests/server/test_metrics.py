@@ -137,6 +137,18 @@ def test_the_engine_is_shown_as_it_was_told_last(metrics: Metrics) -> None:
     assert told['engine_state{state="reforming"}'] == 0
 
 
+def test_what_nobody_measures_is_left_out(metrics: Metrics) -> None:
+    """On GPUs, how long ranks exchange."""
+    given = stats()
+    metrics._client.report = StatsReport(given, 0, 0)
+    assert samples(metrics)['ep_exchange_seconds_total{rank="0"}'] == 0.5
+    for rank in given.ranks:
+        rank["exchange_s"] = None
+    told = samples(metrics)
+    assert not any(name.startswith("ep_exchange_seconds") for name in told)
+    assert told['ep_bytes_total{rank="0"}'] == 4096
+
+
 def test_what_was_refused_before_a_route_counts(metrics: Metrics) -> None:
     door = SimpleNamespace(counts={"over": 2, "not_live": 1}, num_connections=5)
     refused = SimpleNamespace(refused={408: 1, 503: 1})

@@ -47,6 +47,10 @@ class Replicas(NamedTuple):
     ranks: Tensor
     counts: Tensor
 
+    def to(self, device: torch.device) -> Replicas:
+        """Return the same on another device."""
+        return Replicas(self.ranks.to(device), self.counts.to(device))
+
 
 class Packed(NamedTuple):
     """What `pack_rows` tells of the rows it wrote.
@@ -65,7 +69,9 @@ class Unpacked(NamedTuple):
 
     rows: [num_received, hidden_size]; row_of_pair, place_of_pair: int64 [num_pairs], a pair's row,
     and where its result goes among those that return; counts: int64 [num_experts], pairs of each;
-    pairs_of_rank: int64 [num_ranks], results that return to each.
+    pairs_of_rank: int64 [num_ranks], results that return to each. On a GPU, where only the device
+    knows how many rows and pairs there are, all have room for the most that there may be: behind
+    the last row is nothing of meaning, behind the last pair row 0 and place -1.
     """
 
     rows: Tensor

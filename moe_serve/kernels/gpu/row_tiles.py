@@ -37,6 +37,10 @@ ROUTE: Table = (Tiles(4, 128, 4), Tiles(1, 512, 1))
 # columns are pairs of a token and an expert: all that there are, or a chunk
 SORT_FEW: Table = (Tiles(1, 1024, 4), Tiles(1, 4096, 16))
 SORT_MANY = Tiles(1, 128, 8)
+# rows are tokens, columns their choices: 2048 or more at once, as counting is bound by waiting
+CHOICES: Table = (Tiles(1024, 2, 4), Tiles(512, 4, 4), Tiles(256, 8, 4), Tiles(128, 16, 4))
+# columns are units of 2 bytes, of a row that is moved as it is
+MOVE: Table = (Tiles(1, 256, 1), Tiles(1, 1024, 4))
 COMBINE: Table = (Tiles(1, 256, 2), Tiles(1, 512, 4))
 # columns are tokens of the vocabulary
 VOCABULARY: Table = (Tiles(64, 64, 4), Tiles(16, 256, 4), Tiles(4, 1024, 4), Tiles(1, 4096, 8))
