@@ -92,7 +92,7 @@ def worlds_of(config: EngineConfig, model: Path) -> Callable[[int], RankedEngine
     num_ranks = config.ranks.ep_size or 1
     spec = read_spec(HFConfig.read(model))
     if num_ranks > 1:
-        if suite.device_of(config.runtime.kernels).type == "cuda":
+        if suite.device_of(config.runtime.kernels, config.runtime.isa).type == "cuda":
             check_gpus(num_ranks)
         mesh = Mesh(num_ranks=num_ranks, ranks_per_node=num_ranks)
         share_of(config.ranks, spec, mesh, 0, model_id_of(config, model))

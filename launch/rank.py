@@ -73,7 +73,7 @@ def open_worker(config: EngineConfig, model: Path, rendezvous: Rendezvous) -> Ra
     Raises what any rank refuses, on all of them.
     """
     try:
-        device = suite.device_of(config.runtime.kernels)
+        device = suite.device_of(config.runtime.kernels, config.runtime.isa)
         if device.type == "cuda":
             take_gpu(rendezvous.environment)
         ranks = rendezvous.ranks(device)

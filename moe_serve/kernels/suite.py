@@ -99,7 +99,7 @@ def load(name: str = "auto", isa: str = "auto", numerics: str = "exact") -> Kern
         if isa != "auto":
             raise ConfigError(f"isa is {isa!r}, but the Triton kernels have none; leave it out")
         return _triton(numerics, "asked for")
-    if name == "auto" and isa == "auto" and torch.cuda.is_available():
+    if _may_take_gpu(name, isa):
         try:
             return _triton(numerics, f"a GPU is here: {torch.cuda.get_device_name()}")
         except ConfigError as error:
@@ -192,12 +192,28 @@ def _reference(reason: str) -> Kernels:
     )
 
 
-def device_of(name: str) -> torch.device:
-    """Return where the tensors of `load(name)`'s kernels are, without loading the others.
+def device_of(name: str, isa: str = "auto") -> torch.device:
+    """Return where the tensors of `load(name, isa)`'s kernels are, without loading the others.
 
     Raises ConfigError as it does.
     """
-    return _gpu().device() if name == "triton" else torch.device("cpu")
+    if name == "triton":
+        return _device_of_gpu()
+    if _may_take_gpu(name, isa):
+        try:
+            return _device_of_gpu()
+        except ConfigError:
+            pass
+    return torch.device("cpu")
+
+
+def _may_take_gpu(name: str, isa: str) -> bool:
+    return name == "auto" and isa == "auto" and torch.cuda.is_available()
+
+
+def _device_of_gpu() -> torch.device:
+    device: torch.device = _gpu().device()
+    return device
 
 
 def _gpu() -> ModuleType:
