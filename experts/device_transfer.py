@@ -84,6 +84,7 @@ class DeviceTransfers:
         self._guesses: deque[_Upload] = deque()  # of which not all was asked for
         self._of_expert: dict[_Key, _Upload] = {}
         self._ended: list[_Upload] = []
+        self._num_guesses = 0
         self._is_open = True
 
     def demand(self, layer: int, loads: Sequence[tuple[int, int]]) -> None:
@@ -103,6 +104,7 @@ class DeviceTransfers:
         upload = self._of_expert.get((layer, expert)) or self._stopped(layer, expert)
         if upload is None:
             return
+        self._num_guesses -= not upload.transfer.is_urgent
         upload.transfer.is_urgent = True
         upload.transfer.is_given_up = False
         if upload in self._guesses:
@@ -145,7 +147,7 @@ class DeviceTransfers:
 
     @property
     def num_guesses(self) -> int:
-        return sum(not upload.transfer.is_urgent for upload in self._of_expert.values())
+        return self._num_guesses
 
     def close(self) -> None:
         self._is_open = False
@@ -165,6 +167,7 @@ class DeviceTransfers:
             if transfer.is_given_up and transfer.is_of(layer, expert) and self._is_open:
                 self._ended.remove(upload)
                 self._of_expert[layer, expert] = upload
+                self._num_guesses += not transfer.is_urgent
                 return upload
         return None
 
@@ -179,6 +182,7 @@ class DeviceTransfers:
         assert key not in self._of_expert, key
         upload = _Upload(transfer, self._record_of(*key), fence)
         self._of_expert[key] = upload
+        self._num_guesses += not transfer.is_urgent
         return upload
 
     def _ask(self, upload: _Upload, lane: _Lane, end: int) -> None:
@@ -220,6 +224,7 @@ class DeviceTransfers:
         transfer = upload.transfer
         transfer.is_whole = transfer.at == upload.num_bytes
         transfer.is_given_up = not transfer.is_whole and transfer.error is None
+        self._num_guesses -= not transfer.is_urgent
         del self._of_expert[transfer.layer, transfer.expert]
         self._ended.append(upload)
 
@@ -271,6 +276,7 @@ class StagedTransfers:
         self._guesses: deque[_Staged] = deque()
         self._of_expert: dict[_Key, _Staged] = {}
         self._ended: list[_Staged] = []
+        self._num_guesses = 0
         self._is_open = True
 
     def demand(self, layer: int, loads: Sequence[tuple[int, int]]) -> None:
@@ -286,6 +292,7 @@ class StagedTransfers:
         staged = self._of_expert.get((layer, expert)) or self._stopped(layer, expert)
         if staged is None:
             return
+        self._num_guesses -= not staged.transfer.is_urgent
         staged.transfer.is_urgent = True
         staged.transfer.is_given_up = False
         if staged in self._guesses:
@@ -333,7 +340,7 @@ class StagedTransfers:
 
     @property
     def num_guesses(self) -> int:
-        return sum(not staged.transfer.is_urgent for staged in self._of_expert.values())
+        return self._num_guesses
 
     def close(self) -> None:
         self._is_open = False
@@ -357,6 +364,7 @@ class StagedTransfers:
                 self._ended.remove(staged)
                 transfer.at, staged.is_read = 0, False
                 self._of_expert[layer, expert] = staged
+                self._num_guesses += not transfer.is_urgent
                 self._guesses.append(staged)
                 return staged
         return None
@@ -367,6 +375,7 @@ class StagedTransfers:
         key = (transfer.layer, transfer.expert)
         assert key not in self._of_expert, key
         self._of_expert[key] = staged = _Staged(transfer)
+        self._num_guesses += not transfer.is_urgent
         return staged
 
     def _staged(self, layer: int, expert: int) -> Tensor:
@@ -420,5 +429,6 @@ class StagedTransfers:
         if staged.place >= 0:
             self._places.append(staged.place)
             staged.place = -1
+        self._num_guesses -= not transfer.is_urgent
         del self._of_expert[transfer.layer, transfer.expert]
         self._ended.append(staged)

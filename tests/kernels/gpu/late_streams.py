@@ -109,6 +109,9 @@ class LateStreams:
     def pinned(self, num_bytes: int) -> Tensor:
         return allocate(num_bytes)
 
+    def pin(self, memory: Tensor) -> Tensor:
+        return memory
+
     def stream(self, *, is_urgent: bool = False) -> Stream:
         self._all.append(LateStream(self, "urgent" if is_urgent else "usual"))
         return self._all[-1]
