@@ -208,8 +208,10 @@ class OffloadedExperts:
             if only is not None:
                 if not bool(only.any()):
                     return
-                only = only.to(device)
-            table = replace(table, slot_of_expert=table.slot_of_expert.to(device, copy=True))
+                only = only.to(device, non_blocking=True)
+            # of memory that is not pinned, CUDA has a copy when the call returns
+            slots = table.slot_of_expert.to(device, non_blocking=True, copy=True)
+            table = replace(table, slot_of_expert=slots)
         self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, table, only, out)
 
     def resize(self, shape: CacheShape) -> None:
@@ -230,10 +232,7 @@ class OffloadedExperts:
             for layer in range(shape.num_layers):
                 self.prefetcher.give_up(layer)
         self._forget_lost()
-        while self.cache.num_loading:
-            ended = self.queue.ended(wait=True)
-            assert ended, "experts are loading that nobody brings"
-            self._collect(ended)
+        self.finish_loading()
         old = self.cache.shape.total_slots
         if shape.total_slots > old:
             self._memory.resize(shape.total_slots)
@@ -250,6 +249,13 @@ class OffloadedExperts:
         """
         for layer, expert, slot in self.cache.preload(experts):
             self.queue.guess(layer, expert, slot)
+
+    def finish_loading(self) -> None:
+        """Wait until all that is on its way is resident, between steps."""
+        while self.cache.num_loading:
+            ended = self.queue.ended(wait=True)
+            assert ended, "experts are loading that nobody brings"
+            self._collect(ended)
 
     def resident(self) -> list[list[int]]:
         """See `executor.Experts`."""

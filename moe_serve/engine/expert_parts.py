@@ -154,6 +154,8 @@ class ExpertParts:
             )
             if keeper is not None:
                 experts.preload(keeper.before.hottest())
+                if isinstance(tier.queue, DeviceTransfers):
+                    experts.finish_loading()  # a second or so; without steps nothing moves on
         except BaseException:
             tier.queue.close()
             raise

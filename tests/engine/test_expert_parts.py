@@ -223,6 +223,17 @@ def test_a_gpu_has_slots_before_host_memory_or_before_a_store(
 
 
 @pytest.mark.usefixtures("on_gpu")
+def test_a_gpu_begins_with_what_was_used_before(build: Any, tmp_path: Path) -> None:
+    profile = str(tmp_path / "uses.npz")
+    options = {"expert_store": None, "expert_cache_slots": 2, "usage_profile": profile}
+    first = build(**options)
+    assert offloaded(first).cache.num_resident() == [0] * NUM_LAYERS
+    run(first)
+    first.close()
+    assert offloaded(build(**options)).cache.num_resident() == [2] * NUM_LAYERS
+
+
+@pytest.mark.usefixtures("on_gpu")
 def test_a_split_on_a_gpu_is_said_not_to_be_exact(
     build: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

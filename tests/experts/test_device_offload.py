@@ -190,8 +190,7 @@ def test_the_host_works_while_what_is_there_runs() -> None:
     assert harness.experts.report()["total"]["computed_on_cpu"] == 4
     for layer in range(len(LAYERS)):
         harness.guess(layer, 0)
-    while harness.cache.num_loading:
-        harness.experts._collect(harness.queue.ended(wait=True))
+    harness.experts.finish_loading()
     late.copies.clear()
     waits = late.num_waits
     harness.step(dict.fromkeys(LAYERS, ids_of(0, 1, 0, 2)))
@@ -199,6 +198,35 @@ def test_the_host_works_while_what_is_there_runs() -> None:
     row = ("kernels", HIDDEN * 4)
     assert late.copies == [("moe", 0), row, row] * 2
     assert late.num_waits - waits <= len(LAYERS), "only for memory that holds earlier results"
+    harness.compare()
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_a_prompt_streams_with_the_next_copy_always_asked_for(is_warm: bool) -> None:
+    harness = Harness("late", num_slots=4, in_place=None)
+    late = harness.late
+    assert late is not None
+    all_experts = torch.tensor([[e, (e + 1) % NUM_EXPERTS] for e in range(NUM_EXPERTS)])
+    if is_warm:
+        harness.step(dict.fromkeys(LAYERS, ids_of(0, 1, 2, 3)))
+        late.copies.clear()
+        harness.launches.clear()
+    with harness.experts.step(batch_of(NUM_EXPERTS)):
+        harness.run(LAYERS[0], all_experts)
+        asked = launched = 0
+        num_misses = 4 if is_warm else NUM_EXPERTS
+        launches = iter(harness.launches)
+        for name, _ in late.copies:
+            if name == "urgent":
+                asked += 1
+                continue
+            launch = next(launches)
+            if is_warm and set(launch) <= {0, 1, 2, 3}:
+                continue
+            assert asked >= min(num_misses, launched + len(launch) + 1), "the link is idle"
+            launched += len(launch)
+        assert launched == num_misses
+        harness.run(LAYERS[1], all_experts)
     harness.compare()
 
 

@@ -32,6 +32,7 @@ def test_copies_are_there_once_their_event_is_done(kind: str) -> None:
     into = torch.zeros(SIZE, dtype=torch.uint8, device=given.device)
     back = given.pinned(SIZE)
     up, down = given.stream(), given.stream(is_urgent=True)
+    up.after(given.current().record())  # `into` is zeros by then
     up.copy(into, source)
     down.after(up.record())
     down.copy(back, into)
