@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from moe_serve.config import EngineConfig
+from moe_serve.engine import expert_parts
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.engine import Engine
-from moe_serve.engine.expert_parts import default_store_folder
+from moe_serve.engine.expert_parts import ExpertParts, default_store_folder
+from moe_serve.engine.residency import Residency
 from moe_serve.errors import ConfigError, StoreError, TraceError
 from moe_serve.experts.device_transfer import DeviceTransfers, StagedTransfers
 from moe_serve.experts.executor import ResidentExperts
@@ -24,6 +27,8 @@ from moe_serve.experts.predictor_state import write_state
 from moe_serve.experts.profile import UsageProfile, read_profile, write_profile
 from moe_serve.kernels import suite
 from moe_serve.models.checkpoint_folder import model_hash
+from moe_serve.models.hf_config import HFConfig
+from moe_serve.models.registry import read_spec
 from moe_serve.types import Request, SamplingParams
 from tests.kernels.implementations import TRITON, kernels
 from tests.models.bad_checkpoints import write_checkpoint
@@ -220,6 +225,26 @@ def test_a_gpu_has_slots_before_host_memory_or_before_a_store(
         assert total["misses"] == total["fetched"] > 0
         assert total["bytes"] == total[tier]
     assert "not exact" not in caplog.text
+
+
+def test_records_that_host_memory_does_not_hold_stay_on_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig.from_options({"expert_store": None})
+    spec = read_spec(HFConfig.read(folder))
+    residency = Residency(None, 4096, 0, 2)
+
+    def is_held_by_host(share: Any = None) -> bool:
+        parts = ExpertParts(
+            config, spec, torch.float32, kernels("reference"), residency, folder, "", share=share
+        )
+        return parts._is_held_by_host()
+
+    assert is_held_by_host()
+    assert not is_held_by_host(share=object()), "a rank's placement changes"
+    needed = NUM_LAYERS * NUM_EXPERTS * 4096
+    monkeypatch.setattr(expert_parts, "available_bytes", lambda: needed)
+    assert not is_held_by_host(), "there must be room for more than these"
 
 
 @pytest.mark.usefixtures("on_gpu")
