@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from moe_serve.errors import CapacityError
+from moe_serve.experts.slots import DeviceSlots
 from moe_serve.kernels.moe.base import HEADER_BYTES, ExpertTable, plain_weights
-from moe_serve.kernels.native.memory import GrowingMemory, allocate, allocate_on
+from moe_serve.kernels.native.memory import GrowingMemory, allocate
 
 MAGIC = b"MOEXPERT"
 VERSION = 1
@@ -112,9 +113,8 @@ class ExpertArena:
         self._memory: GrowingMemory | None = None
         self._device = device
         if device.type != "cpu":
-            self._free = [*range(self._num_slots, self._num_slots + spare_slots)]
             num_slots += spare_slots
-            memory = allocate_on(device, num_slots * self.record_bytes)
+            memory = DeviceSlots(num_slots, self.record_bytes, device).records.view(-1)
         elif held is None:
             memory = allocate(num_slots * self.record_bytes)
         else:
@@ -177,16 +177,21 @@ class ExpertArena:
         Raises CapacityError.
         """
         if not self._free:
-            if self._memory is None:
-                raise CapacityError(
-                    f"no room for another expert of layer {layer} on {self._device}; give a larger "
-                    "rebalance_slots"
-                )
-            self._memory.resize((self._num_slots + 1) * self.record_bytes)
+            self._grow()
             self._free.append(self._num_slots)
             self._num_slots += 1
         self._slot[layer, expert] = slot = self._free.pop()
         return self.records[slot]
+
+    def _grow(self) -> None:
+        num_slots = self._num_slots + 1
+        if self._memory is not None:
+            self._memory.resize(num_slots * self.record_bytes)
+        elif num_slots > len(self.records):
+            raise CapacityError(
+                f"there is room for {len(self.records)} experts on {self._device}, and one more is "
+                "to come: give a larger rebalance_slots"
+            )
 
     def show(self, layer: int, expert: int) -> None:
         """Let the kernels see an expert that `add` made room for, now that its record is there."""

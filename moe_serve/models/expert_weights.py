@@ -43,11 +43,13 @@ class ExpertWeights:
         slots_before: int = 0,
         held: Mapping[int, Sequence[int]] | None = None,
         spare_slots: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         """Allocate. Raises CapacityError where there is no memory.
 
         slots_before: slots of a cache, in front of each arena's records. held: by layer, the
         experts that are kept in this process, rising; None: all. spare_slots: see `ExpertArena`.
+        device: where they are; None: where the kernels' tensors are.
         """
         self._kernels = kernels
         routers = [layer.moe.router for layer in spec.layers if layer.moe is not None]
@@ -67,7 +69,7 @@ class ExpertWeights:
                 kernels.record_bytes(spec.hidden_size, size, dtype),
                 slots_before,
                 held,
-                kernels.device,
+                kernels.device if device is None else device,
                 spare_slots,
             )
             for (num_experts, size), layers in layers_of_shape.items()

@@ -43,17 +43,6 @@ def allocate(num_bytes: int) -> Tensor:
     return whole[first : first + num_bytes]
 
 
-def allocate_on(device: torch.device, num_bytes: int) -> Tensor:
-    """Return uint8 [num_bytes] of zeros on a device. Raises CapacityError."""
-    try:
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    except (RuntimeError, MemoryError) as error:
-        raise CapacityError(
-            f"no memory for {num_bytes} bytes of weights on {device}; lower expert_cache_slots or "
-            "expert_cache_gb, or use a smaller model or dtype"
-        ) from error
-
-
 class GrowingMemory:
     """Memory whose size changes while what is in it stays where it is.
 
