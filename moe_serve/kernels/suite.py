@@ -66,7 +66,7 @@ class Kernels:
     plan_attention: Callable[..., Any]
     paged_attention: Callable[..., Tensor]
     route: Callable[..., Routing]
-    sort_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    sort_pairs: Callable[..., tuple[Tensor, Tensor, Tensor]]
     shared_weights: Callable[[Tensor, Tensor], Tensor]
     record_layout: int
     record_bytes: Callable[[int, int, torch.dtype], int]
