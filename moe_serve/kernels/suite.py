@@ -17,6 +17,8 @@ from moe_serve.kernels.exchange import cpu as exchange_cpu
 from moe_serve.kernels.exchange import reference as exchange_reference
 from moe_serve.kernels.exchange.base import Packed, Unpacked
 from moe_serve.kernels.forward import cpu as forward_cpu
+from moe_serve.kernels.forward import gpu as forward_gpu
+from moe_serve.kernels.forward.base import Forward, ModelPart
 from moe_serve.kernels.gpu.numerics import NUMERICS, Numerics
 from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.linear import reference as linear_reference
@@ -78,7 +80,7 @@ class Kernels:
     unpack_rows: Callable[..., Unpacked]
     scatter_rows: Callable[[Tensor, Tensor, Tensor], None]
     sampling: Sampling
-    build_forward: Callable[..., forward_cpu.Forward] | None = None
+    build_forward: Callable[[ModelPart], Forward] | None = None
 
 
 def load(name: str = "auto", isa: str = "auto", numerics: Numerics = "exact") -> Kernels:
@@ -204,7 +206,7 @@ def _triton(numerics: Numerics, reason: str) -> Kernels:
     linear, moe = linear_triton.LinearKernels(numerics), moe_triton.MoeKernels(numerics)
     if gpu.IS_INTERPRETED:
         logger.warning("kernels: triton without a GPU is interpreted: very slow, for tests")
-    return replace(
+    kernels = replace(
         _reference(reason),
         name="triton",
         numerics_id=gpu.numerics_id(numerics),
@@ -228,6 +230,7 @@ def _triton(numerics: Numerics, reason: str) -> Kernels:
         combine=combine_triton.combine,
         sampling=sampling_triton,
     )
+    return replace(kernels, build_forward=forward_gpu.builder(kernels))
 
 
 def _torch_capability() -> str:

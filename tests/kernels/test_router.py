@@ -287,8 +287,7 @@ def test_rows_that_only_pad_are_not_counted_and_go_nowhere(
     rows = torch.tensor([num_rows], dtype=torch.int32, device=device)
     sort_pairs = kernels(name).sort_pairs
     counts, row_of_pair, pair_of_choice = (
-        part.cpu()
-        for part in sort_pairs(expert_ids, num_experts, rows)
+        part.cpu() for part in sort_pairs(expert_ids, num_experts, rows)
     )
     want = kernels("reference").sort_pairs(expert_ids[:num_rows].cpu(), num_experts)
     assert torch.equal(counts, want[0])

@@ -66,7 +66,7 @@ class HostGraphs:
     """See `Graphs`. Fails, as CUDA would, on work that waits for the device."""
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        with NoWaiting():
+        with NoWaiting():  # type: ignore[no-untyped-call]
             work()
         return HostGraph(work)
 
