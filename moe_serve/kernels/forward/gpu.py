@@ -213,7 +213,7 @@ class Forward:
 
         def put(name: str, source: Tensor, padding: int = 0) -> None:
             host[name][count:].fill_(padding)
-            part = [slice(0, length) for length in source.shape]
+            part = tuple(slice(0, length) for length in source.shape)
             if source.device.type == "cpu":
                 host[name][part].copy_(source)
             else:
