@@ -28,15 +28,15 @@ from torch import Tensor
 
 from moe_serve.errors import CapacityError
 from moe_serve.kernels.forward.base import ModelPart, Stops, Watcher
-from moe_serve.kernels.forward.buckets import Bucket, Notes, Part, Size, Stage, size_of
-from moe_serve.kernels.forward.pieces import Operations, Pieces, StepInputs
-from moe_serve.kernels.forward.slot_tables import SlotTables
-from moe_serve.kernels.forward.stepwise import Eager, Graphed, Look, Walk, note
 from moe_serve.kernels.gpu import graphs as gpu_graphs
 from moe_serve.kernels.gpu import streams as gpu_streams
 from moe_serve.kernels.gpu.attention_plan import Plan
+from moe_serve.kernels.gpu.buckets import Bucket, Notes, Part, Size, Stage, size_of
 from moe_serve.kernels.gpu.graphs import Graphs
+from moe_serve.kernels.gpu.pieces import Operations, Pieces, StepInputs
+from moe_serve.kernels.gpu.slot_tables import SlotTables
 from moe_serve.kernels.gpu.staging import Incoming, Outgoing
+from moe_serve.kernels.gpu.stepwise import Eager, Graphed, Look, Walk, note
 from moe_serve.kernels.gpu.streams import Streams
 
 logger = logging.getLogger(__name__)

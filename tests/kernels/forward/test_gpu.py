@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from moe_serve.errors import StoreError
-from moe_serve.kernels.forward import buckets
 from moe_serve.kernels.forward import gpu as forward_gpu
 from moe_serve.kernels.forward.base import Run, Stopped, Stops
-from moe_serve.kernels.forward.buckets import Part, Size
 from moe_serve.kernels.forward.gpu import Forward
+from moe_serve.kernels.gpu import buckets
 from moe_serve.kernels.gpu import streams as gpu_streams
+from moe_serve.kernels.gpu.buckets import Part, Size
 from moe_serve.kernels.gpu.streams import Event, HostEvent, HostStreams
 from moe_serve.kernels.suite import Kernels
 from moe_serve.models.decoder import Decoder
@@ -241,7 +241,7 @@ def test_any_way_to_look_gives_the_same(
     pairs: Make, monkeypatch: pytest.MonkeyPatch, stops: Stops, is_split: bool,
     is_whole_faster: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("moe_serve.kernels.forward.pace.Pace.is_whole_faster", is_whole_faster)
+    monkeypatch.setattr("moe_serve.kernels.gpu.pace.Pace.is_whole_faster", is_whole_faster)
     pair = pairs("qwen2_moe", 4)
     layers = list(pair.plain_experts.layers)
     for _ in range(NUM_STEPS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_serve.kernels.forward import buckets
+from moe_serve.kernels.gpu import buckets
 from tests.kernels.forward.decoders import (
     Offloaded,
     Steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_serve.kernels.forward.buckets import Size, size_of
+from moe_serve.kernels.gpu.buckets import Size, size_of
 
 
 @pytest.mark.parametrize(

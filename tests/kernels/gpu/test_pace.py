@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_serve.kernels.forward.pace import Mean, Pace
+from moe_serve.kernels.gpu.pace import Mean, Pace
 
 
 def test_a_mean_is_of_all_at_first_and_then_of_the_last() -> None:

@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.forward.pace import Pace
-from moe_serve.kernels.forward.pieces import Pieces, Routed, StepInputs
-from moe_serve.kernels.forward.slot_tables import SlotTables
 from moe_serve.kernels.gpu.attention_plan import decode_plan
 from moe_serve.kernels.gpu.graphs import Graph
+from moe_serve.kernels.gpu.pace import Pace
+from moe_serve.kernels.gpu.pieces import Pieces, Routed, StepInputs
+from moe_serve.kernels.gpu.slot_tables import SlotTables
 from moe_serve.kernels.gpu.staging import Layout
 from moe_serve.kernels.moe.base import ExpertTable
 

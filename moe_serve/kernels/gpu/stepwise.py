@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_serve.kernels.forward.base import Stopped, Stops, Watcher
-from moe_serve.kernels.forward.buckets import Bucket, Part, Stage
-from moe_serve.kernels.forward.pieces import Pieces, Routed, StepInputs
-from moe_serve.kernels.forward.slot_tables import SlotTables
+from moe_serve.kernels.gpu.buckets import Bucket, Part, Stage
+from moe_serve.kernels.gpu.pieces import Pieces, Routed, StepInputs
+from moe_serve.kernels.gpu.slot_tables import SlotTables
 from moe_serve.kernels.gpu.staging import Incoming, Outgoing
 
 Array = np.ndarray[Any, Any]
