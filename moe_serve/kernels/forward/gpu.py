@@ -192,7 +192,7 @@ class Forward:
     def _fill_with_padding(self, bucket: Bucket) -> None:
         memory = self._outgoing.memory(bucket.layout.num_bytes)
         memory.zero_()
-        for name, view in bucket.layout.views(memory).items():
+        for name, view in bucket.host_views(memory).items():
             if name.startswith("slots"):
                 view.fill_(-1)
         self._outgoing.send(memory, bucket.memory)
@@ -208,7 +208,7 @@ class Forward:
         """Bring a step's inputs to where the graphs read them; what they leave over is padding."""
         count = token_ids.shape[0]
         memory = self._outgoing.memory(bucket.layout.num_bytes)
-        host = bucket.layout.views(memory)
+        host = bucket.host_views(memory)
         on_device: list[tuple[Tensor, Tensor]] = []
 
         def put(name: str, source: Tensor, padding: int = 0) -> None:
@@ -281,10 +281,9 @@ class Forward:
         walk.run(known)
         if watcher.is_forced or watcher.stops is not Stops.MISSING:
             return
-        first = walk.first_missed if known is None else known[0]
         seconds = time.perf_counter() - start_s - walk.serving_s
         bucket.pace.ran_looking(seconds, len(layers) - (0 if known is None else known[0]))
-        bucket.pace.missed(first)
+        bucket.pace.missed(walk.first_missed)
 
     def _run_eagerly(
         self,

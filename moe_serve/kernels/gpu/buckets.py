@@ -92,11 +92,13 @@ class Stage:
         ]
         self.tables = tables
         self.most_seqs = most_seqs
+        self._looks: dict[tuple[int, int, int], tuple[Tensor, Layout]] = {}
+        self._routed: dict[tuple[int, int], Routed] = {}
         shapes = set(self._shapes)
         sizes = {
             "between": max((self._between(most_seqs, *s).num_bytes for s in shapes), default=0),
-            "look": max((self.look_layout(most_seqs, *s).num_bytes for s in shapes), default=0),
-            "notes": self.notes_layout(most_seqs).num_bytes,
+            "look": max((self._look_layout(most_seqs, *s).num_bytes for s in shapes), default=0),
+            "notes": self._notes_layout(most_seqs).num_bytes,
         }
         with torch.inference_mode(False):
             self.result = torch.zeros(
@@ -127,8 +129,7 @@ class Stage:
         )
 
     @staticmethod
-    def look_layout(rows: int, top_k: int, num_experts: int) -> Layout:
-        """Lay out what the host looks at after a router."""
+    def _look_layout(rows: int, top_k: int, num_experts: int) -> Layout:
         return Layout(
             {
                 "counts": (torch.int64, (num_experts,)),
@@ -137,8 +138,7 @@ class Stage:
             }
         )
 
-    def notes_layout(self, rows: int) -> Layout:
-        """Lay out what a noted step leaves, of all layers."""
+    def _notes_layout(self, rows: int) -> Layout:
         choices = rows * sum(top_k for top_k, _ in self._shapes)
         return Layout(
             {
@@ -148,10 +148,6 @@ class Stage:
             }
         )
 
-    def shape(self, number: int) -> tuple[int, int]:
-        """Return top_k and num_experts of an MoE layer."""
-        return self._shapes[number]
-
     def clear(self) -> None:
         """Have nothing on the stage: no expert has pairs."""
         for memory in self._memory.values():
@@ -159,17 +155,21 @@ class Stage:
 
     # -- views -------------------------------------------------------------------------------------
 
-    def look(self, rows: int, number: int) -> Tensor:
-        """Return what the host copies after a router, uint8; see `look_layout`."""
-        return self._memory["look"][: self.look_layout(rows, *self._shapes[number]).num_bytes]
+    def look(self, rows: int, number: int) -> tuple[Tensor, Layout]:
+        """Return what the host copies after a router, uint8, and what is where in it."""
+        key = rows, *self._shapes[number]
+        if key not in self._looks:
+            layout = self._look_layout(*key)
+            self._looks[key] = self._memory["look"][: layout.num_bytes], layout
+        return self._looks[key]
 
     def all_notes(self, rows: int) -> Tensor:
-        """Return what the host copies after a noted step, uint8; see `notes_layout`."""
-        return self._memory["notes"][: self.notes_layout(rows).num_bytes]
+        """Return what the host copies after a noted step, uint8; see `notes_in`."""
+        return self._memory["notes"][: self._notes_layout(rows).num_bytes]
 
     def notes_in(self, memory: Tensor, rows: int) -> Notes:
         """View the notes of a step in `memory`, as `all_notes` gave it."""
-        views = self.notes_layout(rows).views(memory)
+        views = self._notes_layout(rows).views(memory)
         sizes = [rows * top_k for top_k, _ in self._shapes]
         ids, weights = (
             [part.view(rows, -1) for part in torch.split(views[name], sizes)]
@@ -180,11 +180,16 @@ class Stage:
 
     def routed(self, rows: int, number: int) -> Routed:
         """Return where a step waits before the experts of a layer."""
+        if (rows, number) not in self._routed:
+            self._routed[rows, number] = self._view_routed(rows, number)
+        return self._routed[rows, number]
+
+    def _view_routed(self, rows: int, number: int) -> Routed:
         shape = self._shapes[number]
         layer = self._pieces.model.layers[self._pieces.moe_layers[number]]
         assert layer.moe is not None
         states = self._between(rows, *shape).views(self._memory["between"])
-        look = self.look_layout(rows, *shape).views(self._memory["look"])
+        look = self._look_layout(rows, *shape).views(self._memory["look"])
         has_shared = layer.gate_up is not None
         has_gate = has_shared and layer.moe.shared_gate is not None
         return Routed(
@@ -267,7 +272,7 @@ class Stage:
             [place for of_layer in places for place in of_layer],
             [part for of_layer in seen for part in of_layer],
         )
-        counts = self.notes_layout(rows).views(memory)["counts"]
+        counts = self._notes_layout(rows).views(memory)["counts"]
         if self.tables.flat is not None:
             is_missing = ((counts > 0) & (self.tables.flat < 0)).any()
             counts = counts.masked_fill(is_missing, 0)
@@ -319,7 +324,15 @@ class Bucket:
             ],
             self.views["num_rows"],
         )
+        self._host_views: dict[int, dict[str, Tensor]] = {}
         self.graphs: dict[Part, Graph] = {}
         self.wanted: set[Part] = set()
         self.is_eager = False
         self.pace = Pace(num_layers)
+
+    def host_views(self, memory: Tensor) -> dict[str, Tensor]:
+        """Return the inputs as they lie in pinned memory, of which there are few pieces."""
+        address = memory.data_ptr()
+        if address not in self._host_views:
+            self._host_views[address] = self.layout.views(memory)  # so that it stays where it is
+        return self._host_views[address]

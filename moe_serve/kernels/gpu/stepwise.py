@@ -163,8 +163,8 @@ class Graphed:
         self.play(Part("begin"))
 
     def look(self, number: int) -> Look:
-        (memory,) = self._incoming.fetch([self._stage.look(self._rows, number)])
-        layout = self._stage.look_layout(self._rows, *self._stage.shape(number))
+        source, layout = self._stage.look(self._rows, number)
+        (memory,) = self._incoming.fetch([source])
         seen = {name: view.numpy() for name, view in layout.views(memory).items()}
         return Look(seen["counts"], seen["ids"][: self._count], seen["weights"][: self._count])
 
@@ -271,7 +271,7 @@ class Walk:
             counts=look.counts,
             residual=self._steps.residual(number),
         )
-        has_begun, has_ended = False, False
+        has_ended = False
         start_s = time.perf_counter()
         for run in self._watcher.serve(stopped, can_wait=False):
             self.serving_s += time.perf_counter() - start_s
@@ -282,13 +282,13 @@ class Walk:
                 is_run &= run.only.numpy() != 0
             asked = np.where(is_run, look.counts, 0)
             assert not self._tables.are_missing(number, asked), "an expert without a slot"
-            if run.is_last and not has_begun and np.array_equal(asked, look.counts):
+            if run.is_last and np.array_equal(asked, look.counts):
                 self._steps.finish(number)
             else:
                 self._steps.some(number, run.only)
                 if run.is_last:
                     self._steps.rest(number)
-            has_begun, has_ended = True, run.is_last
+            has_ended = run.is_last
             start_s = time.perf_counter()
         self.serving_s += time.perf_counter() - start_s
         assert has_ended, "the experts of a layer were not all served"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -333,13 +334,37 @@ def test_a_step_without_a_miss_waits_once_and_is_one_graph(pairs: Make) -> None:
     pair = pairs("qwen3_moe", 8)
     assert pair.offloaded is not None
     pair.offloaded.experts.preload((layer, expert) for layer in range(2) for expert in range(8))
-    while not pair.offloaded.cache.is_full:
-        pair.check(pair.steps.decodes([100, 40, 30, 20, 10]))
+    while pair.offloaded.experts.queue.is_busy:
+        time.sleep(1e-3)
+    waits = pair.streams.num_waits
+    assert not pair.check(pair.steps.batch([(0, 30)])), "all have come before the step"
+    assert pair.offloaded.cache.is_full
+    assert pair.streams.num_waits == waits + 2, "a prompt is looked at in every layer"
+    pair.check(pair.steps.decodes([100, 40, 30, 20, 10]))
     waits, replays = pair.streams.num_waits, pair.graphs.num_replayed
     for _ in range(3):
         pair.check(pair.steps.decodes([100, 40, 30, 20, 10]))
     assert pair.streams.num_waits == waits + 3
     assert pair.graphs.num_replayed == replays + 3
+
+
+def test_what_fills_a_bucket_up_is_of_no_sequence(pairs: Make) -> None:
+    pair = pairs("qwen2_moe")
+    pair.check(pair.steps.decodes([30] * 8))
+    pair.check(pair.steps.decodes([20] * 5))
+    (bucket,) = pair.forward._buckets.values()
+    assert bucket.views["contexts"].tolist() == [20] * 5 + [0] * 3
+    assert bucket.views["num_rows"].tolist() == [5]
+    for name in ("slots0", "slots1"):
+        assert bucket.views[name][5:].tolist() == [-1] * 3
+        assert bool((bucket.views[name][:5] > 0).all())
+
+
+def test_a_capture_does_not_read_what_another_size_left(pairs: Make) -> None:
+    pair = pairs("qwen2_moe", 4)
+    for num_seqs in (1, 8, 1, 8, 2, 1):
+        pair.check(pair.steps.decodes([10] * num_seqs), stops=Stops.ALWAYS, is_split=True)
+    pair.check_all()
 
 
 def test_captures_are_few_and_kept(pairs: Make) -> None:
