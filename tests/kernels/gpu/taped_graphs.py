@@ -85,10 +85,12 @@ class TapedGraphs:
         self._launch = launch
         self.room = room
         self.num_captured = 0
+        self.num_refused = 0
         self.num_replayed = 0
 
     def capture(self, work: Callable[[], None]) -> Graph:
         if self.num_captured >= self.room:
+            self.num_refused += 1
             raise CapacityError("no memory for a graph")
         with NoWaiting():  # type: ignore[no-untyped-call]
             work()
