@@ -13,7 +13,7 @@ from tests.kernels.gpu.late_streams import LateStreams
 CPU = torch.device("cpu")
 
 
-def _tables(slots: list[np.ndarray]) -> list[ExpertTable]:  # type: ignore[type-arg]
+def _tables(slots: list[np.ndarray]) -> list[ExpertTable]:
     records = torch.zeros(4, 128, dtype=torch.uint8)
     return [
         ExpertTable(
