@@ -18,6 +18,8 @@ from moe_serve.kernels.exchange import cpu as exchange_cpu
 from moe_serve.kernels.exchange import reference as exchange_reference
 from moe_serve.kernels.exchange.base import Packed, Unpacked
 from moe_serve.kernels.forward import cpu as forward_cpu
+from moe_serve.kernels.forward import gpu as forward_gpu
+from moe_serve.kernels.forward.base import Forward, ModelPart
 from moe_serve.kernels.gpu.numerics import NUMERICS, Numerics
 from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.linear import reference as linear_reference
@@ -67,7 +69,7 @@ class Kernels:
     plan_attention: Callable[..., Any]
     paged_attention: Callable[..., Tensor]
     route: Callable[..., Routing]
-    sort_pairs: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    sort_pairs: Callable[..., tuple[Tensor, Tensor, Tensor]]
     shared_weights: Callable[[Tensor, Tensor], Tensor]
     record_layout: int
     record_bytes: Callable[[int, int, torch.dtype], int]
@@ -79,7 +81,7 @@ class Kernels:
     unpack_rows: Callable[..., Unpacked]
     scatter_rows: Callable[[Tensor, Tensor, Tensor], None]
     sampling: Sampling
-    build_forward: Callable[..., forward_cpu.Forward] | None = None
+    build_forward: Callable[[ModelPart], Forward] | None = None
 
 
 def load(name: str = "auto", isa: str = "auto", numerics: str = "exact") -> Kernels:
@@ -244,7 +246,7 @@ def _triton(numerics: Numerics, reason: str) -> Kernels:
     linear, moe = linear_triton.LinearKernels(numerics), moe_triton.MoeKernels(numerics)
     if gpu.IS_INTERPRETED:
         logger.warning("kernels: triton without a GPU is interpreted: very slow, for tests")
-    return replace(
+    kernels = replace(
         _reference(reason),
         name="triton",
         numerics_id=gpu.numerics_id(numerics),
@@ -271,6 +273,7 @@ def _triton(numerics: Numerics, reason: str) -> Kernels:
         scatter_rows=exchange_triton.scatter_rows,
         sampling=sampling_triton,
     )
+    return replace(kernels, build_forward=forward_gpu.builder(kernels))
 
 
 def _torch_capability() -> str:

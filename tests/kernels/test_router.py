@@ -24,6 +24,7 @@ from tests.kernels.implementations import (
     EACH_EXACT,
     EACH_ON_A_GPU,
     INTERPRETED,
+    TRITON,
     each_exact_with,
     kernels,
 )
@@ -265,6 +266,34 @@ def test_pairs_are_sorted_by_expert_then_token(
         for choice in range(top_k):
             place = int(pair_of_choice[token, choice])
             assert pairs[place] == (int(expert_ids[token, choice]), token)
+
+
+PADDED = pytest.mark.parametrize("name", ["reference", *TRITON[:1]])
+
+
+@PADDED
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "top_k", "num_experts"),
+    [(1, 0, 2, 5), (7, 3, 3, 64), (8, 8, 2, 4), (300, 277, 17, 20), (300, 0, 17, 20)],
+)
+@pytest.mark.usefixtures("poisoned_integers")
+def test_rows_that_only_pad_are_not_counted_and_go_nowhere(
+    name: str, num_tokens: int, num_rows: int, top_k: int, num_experts: int
+) -> None:
+    torch.manual_seed(0)
+    device = kernels(name).device
+    ids = [torch.randperm(num_experts)[:top_k] for _ in range(num_tokens)]
+    expert_ids = torch.stack(ids).to(device)
+    rows = torch.tensor([num_rows], dtype=torch.int32, device=device)
+    sort_pairs = kernels(name).sort_pairs
+    counts, row_of_pair, pair_of_choice = (
+        part.cpu() for part in sort_pairs(expert_ids, num_experts, rows)
+    )
+    want = kernels("reference").sort_pairs(expert_ids[:num_rows].cpu(), num_experts)
+    assert torch.equal(counts, want[0])
+    assert torch.equal(row_of_pair[: num_rows * top_k], want[1])
+    assert torch.equal(pair_of_choice[:num_rows], want[2])
+    assert not pair_of_choice[num_rows:].any()
 
 
 @EACH_EXACT

@@ -126,6 +126,19 @@ class Run:
     arrivals: Arrivals | None = None
 
 
+class Forward(Protocol):
+    """One model's whole forward pass; see `cpu.Forward`."""
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Sequence[Tensor],
+        plans: Sequence[Any],
+        watcher: Watcher | None = None,
+    ) -> Tensor: ...
+
+
 class Watcher(Protocol):
     """Who sees which experts a step uses, and brings in what is missing.
 

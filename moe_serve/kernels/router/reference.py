@@ -68,13 +68,21 @@ def _mask_groups(choice: Tensor, recipe: RouterRecipe) -> Tensor:
     return grouped.masked_fill(~is_kept.unsqueeze(-1), float("-inf")).view_as(choice)
 
 
-def sort_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_pairs(
+    expert_ids: Tensor, num_experts: int, num_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the pairs (token, choice) of `expert_ids`, [num_tokens, top_k], by expert.
 
     Within an expert the tokens keep their order. Returns counts [num_experts], row_of_pair
     [num_pairs], the token of each sorted pair, and pair_of_choice [num_tokens, top_k], where each
-    choice went; all int64.
+    choice went; all int64. num_rows: int32 [1], the tokens behind the first so many only pad a
+    batch: they are not counted, their pairs come last, and pair_of_choice is 0.
     """
+    if num_rows is not None:
+        is_padding = torch.arange(len(expert_ids), device=expert_ids.device) >= num_rows
+        padded = expert_ids.masked_fill(is_padding[:, None], num_experts)
+        counts, row_of_pair, pair_of_choice = sort_pairs(padded, num_experts + 1)
+        return counts[:-1], row_of_pair, pair_of_choice.masked_fill(is_padding[:, None], 0)
     flat = expert_ids.flatten()
     order = torch.sort(flat, stable=True).indices  # [num_pairs]
     pair_of_choice = torch.empty_like(order)

@@ -178,33 +178,47 @@ def route(logits: Tensor, recipe: RouterRecipe, selection_bias: Tensor | None = 
     return Routing(ids, weights)
 
 
+@triton.jit
+def _num_sorted(num_rows, num_pairs, TOP_K: tl.constexpr):
+    """Return how many pairs are of rows that are no padding."""
+    count = num_pairs
+    if num_rows is not None:
+        count = tl.minimum(num_pairs, tl.load(num_rows) * TOP_K)
+    return count
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def _sort_few(
-    expert_ids, counts, row_of_pair, pair_of_choice, num_pairs,
+    expert_ids, counts, row_of_pair, pair_of_choice, num_rows, num_pairs,
     TOP_K: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Place the pairs of one expert; PAIRS holds all that there are."""
     expert = tl.program_id(0)
     pair = tl.arange(0, PAIRS)
-    is_there = pair < num_pairs
+    is_there = pair < _num_sorted(num_rows, num_pairs, TOP_K)
     ids = tl.load(expert_ids + pair, mask=is_there, other=0)
     is_mine = (is_there & (ids == expert)).to(tl.int32)
     first = tl.sum((is_there & (ids < expert)).to(tl.int32), 0)
     place = first + tl.cumsum(is_mine, 0) - 1
     tl.store(counts + expert, tl.sum(is_mine, 0).to(tl.int64))
     tl.store(row_of_pair + place, (pair // TOP_K).to(tl.int64), mask=is_mine > 0)
-    tl.store(pair_of_choice + pair, place.to(tl.int64), mask=is_mine > 0)
+    is_padding = (pair < num_pairs) & ~is_there & (expert == 0)
+    tl.store(
+        pair_of_choice + pair,
+        tl.where(is_padding, 0, place).to(tl.int64),
+        mask=(is_mine > 0) | is_padding,
+    )
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_chunks"])
 def _count(
-    expert_ids, own, lower, num_pairs, num_chunks,
-    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr,
+    expert_ids, own, lower, num_rows, num_pairs, num_chunks,
+    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Count a chunk's pairs of each expert (`own`), and of all before it: [experts, chunks]."""
     chunk = tl.program_id(0)
     pair = chunk * PAIRS + tl.arange(0, PAIRS)
-    is_there = pair < num_pairs
+    is_there = pair < _num_sorted(num_rows, num_pairs, TOP_K)
     ids = tl.load(expert_ids + pair, mask=is_there, other=0).to(tl.int32)
     found = tl.histogram(ids, EXPERTS, mask=is_there)
     expert = tl.arange(0, EXPERTS)
@@ -229,27 +243,34 @@ def _scan(own, lower, counts, num_chunks, CHUNKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_pairs", "num_chunks"])
 def _place(
-    expert_ids, firsts, row_of_pair, pair_of_choice, num_pairs, num_chunks,
+    expert_ids, firsts, row_of_pair, pair_of_choice, num_rows, num_pairs, num_chunks,
     TOP_K: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Place a chunk's pairs: each after those of its expert that come before it."""
     chunk = tl.program_id(0)
     index = tl.arange(0, PAIRS)
     pair = chunk * PAIRS + index
-    is_there = pair < num_pairs
+    count = _num_sorted(num_rows, num_pairs, TOP_K)
+    is_there = pair < count
     ids = tl.load(expert_ids + pair, mask=is_there, other=-1).to(tl.int32)
     first = tl.load(firsts + ids * num_chunks + chunk, mask=is_there, other=0)
     other = chunk * PAIRS + tl.arange(0, PAIRS)[:, None]
-    other_ids = tl.load(expert_ids + other, mask=other < num_pairs, other=-1).to(tl.int32)
+    other_ids = tl.load(expert_ids + other, mask=other < count, other=-1).to(tl.int32)
     is_before = (other_ids == ids[None, :]) & (other < pair[None, :])
     # a thread has a column: it adds up by itself
     place = (first + tl.sum(is_before.to(tl.int32), 0)).to(tl.int64)
     tl.store(row_of_pair + place, (pair // TOP_K).to(tl.int64), mask=is_there)
-    tl.store(pair_of_choice + pair, place, mask=is_there)
+    place = tl.where(is_there, place, 0)
+    tl.store(pair_of_choice + pair, place, mask=pair < num_pairs)
 
 
-def sort_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what reference.py's `sort_pairs` does; there must be fewer than 2**31 pairs."""
+def sort_pairs(
+    expert_ids: Tensor, num_experts: int, num_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what reference.py's `sort_pairs` does; there must be fewer than 2**31 pairs.
+
+    num_rows is on the device. Behind the pairs of its rows, row_of_pair is left unwritten.
+    """
     expert_ids = expert_ids.contiguous()
     num_pairs, top_k = expert_ids.numel(), expert_ids.shape[1]
     device = expert_ids.device
@@ -259,7 +280,7 @@ def sort_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     if num_pairs <= SORT_FEW[-1].columns:
         tiles = first_that_holds(SORT_FEW, num_pairs)
         _sort_few[(num_experts,)](
-            expert_ids, counts, row_of_pair, pair_of_choice, num_pairs,
+            expert_ids, counts, row_of_pair, pair_of_choice, num_rows, num_pairs,
             TOP_K=top_k, PAIRS=tiles.columns, num_warps=tiles.warps,
         )  # fmt: skip
         return counts, row_of_pair, pair_of_choice
@@ -268,14 +289,15 @@ def sort_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     shape = num_experts, num_chunks
     own, lower = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
     _count[(num_chunks,)](
-        expert_ids, own, lower, num_pairs, num_chunks,
-        NUM_EXPERTS=num_experts, EXPERTS=max(32, power_of_two(num_experts)), PAIRS=tiles.columns,
+        expert_ids, own, lower, num_rows, num_pairs, num_chunks,
+        NUM_EXPERTS=num_experts, EXPERTS=max(32, power_of_two(num_experts)), TOP_K=top_k,
+        PAIRS=tiles.columns,
     )  # fmt: skip
     _scan[(num_experts,)](
         own, lower, counts, num_chunks, CHUNKS=max(_LEAST_CHUNKS, power_of_two(num_chunks))
     )
     _place[(num_chunks,)](
-        expert_ids, own, row_of_pair, pair_of_choice, num_pairs, num_chunks,
+        expert_ids, own, row_of_pair, pair_of_choice, num_rows, num_pairs, num_chunks,
         TOP_K=top_k, PAIRS=tiles.columns, num_warps=tiles.warps,
     )  # fmt: skip
     return counts, row_of_pair, pair_of_choice

@@ -1,0 +1,104 @@
+"""Small tensors that travel between host and device together, in one copy through pinned memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_serve.kernels.gpu.streams import Event, Streams
+
+_ALIGNMENT = 256  # of each tensor: what kernels load best, and torch's allocator gives
+# copies that may be under way before a new one waits for the first
+_TURNS = 4
+
+Shape = tuple[int, ...]
+
+
+class Layout:
+    """Where tensors lie in one piece of memory. fields: dtype and shape of each, by name."""
+
+    def __init__(self, fields: Mapping[str, tuple[torch.dtype, Shape]]) -> None:
+        self._places: dict[str, tuple[torch.dtype, Shape, int, int]] = {}
+        end = 0
+        for name, (dtype, shape) in fields.items():
+            num_bytes = math.prod(shape) * dtype.itemsize
+            self._places[name] = dtype, shape, end, end + num_bytes
+            end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        self.num_bytes = end
+
+    def views(self, memory: Tensor) -> dict[str, Tensor]:
+        """Return the tensors in `memory`, uint8 of at least num_bytes."""
+        return {
+            name: memory[begin:end].view(dtype).view(shape)
+            for name, (dtype, shape, begin, end) in self._places.items()
+        }
+
+
+class Outgoing:
+    """The way from host to device: copies in the order of the current stream, not awaited."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._turns: list[tuple[Tensor, Event | None]] = []
+        self._turn = 0
+
+    def memory(self, num_bytes: int) -> Tensor:
+        """Return pinned uint8 [num_bytes] to be filled, then sent.
+
+        What is in it is what somebody left there. Waits only where more copies are under way than
+        there should be. Raises CapacityError.
+        """
+        self._turn = (self._turn + 1) % _TURNS
+        if len(self._turns) < _TURNS:
+            self._turn = len(self._turns)
+            self._turns.append((self._streams.pinned(num_bytes), None))
+        memory, event = self._turns[self._turn]
+        if event is not None and not event.is_done():
+            event.wait()
+        if memory.shape[0] < num_bytes:
+            memory = self._streams.pinned(1 << (num_bytes - 1).bit_length())
+            self._turns[self._turn] = memory, None
+        return memory[:num_bytes]
+
+    def send(self, memory: Tensor, into: Tensor) -> None:
+        """Copy what `memory` gave last to `into`, uint8 of the same size on the device."""
+        stream = self._streams.current()
+        stream.copy(into, memory)
+        self._turns[self._turn] = self._turns[self._turn][0], stream.record()
+
+    def tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return these on the device: those in host memory copied, the others as they are."""
+        on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        if not on_host:
+            return list(tensors)
+        layout = Layout({str(i): (t.dtype, tuple(t.shape)) for i, t in enumerate(on_host)})
+        memory = self.memory(layout.num_bytes)
+        for view, tensor in zip(layout.views(memory).values(), on_host, strict=True):
+            view.copy_(tensor)
+        into = torch.empty(layout.num_bytes, dtype=torch.uint8, device=self._streams.device)
+        self.send(memory, into)
+        copied = iter(layout.views(into).values())
+        return [next(copied) if tensor.device.type == "cpu" else tensor for tensor in tensors]
+
+
+class Incoming:
+    """The way from device to host. The memory it fills is written again by the next `fetch`."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._memory = streams.pinned(0)
+
+    def fetch(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        """Return contiguous tensors of the device in host memory; waits for them."""
+        layout = Layout({str(i): (t.dtype, tuple(t.shape)) for i, t in enumerate(sources)})
+        if self._memory.shape[0] < layout.num_bytes:
+            self._memory = self._streams.pinned(1 << (layout.num_bytes - 1).bit_length())
+        copied = list(layout.views(self._memory).values())
+        stream = self._streams.current()
+        for into, source in zip(copied, sources, strict=True):
+            stream.copy(into, source)
+        stream.record().wait()
+        return copied
