@@ -78,6 +78,18 @@ def test_every_kernel_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "bandwidth   read 50.0 GB/s, copy 20.0 GB/s" in "\n".join(lines)
 
 
+def test_triton_is_named_for_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    report = report_of(capsys, "--kernels", "triton", "--numerics", "fast")
+    kernels = report["kernels"]
+    assert kernels["name"] == "triton"
+    assert kernels["numerics_id"].endswith("-fast")
+    operations = {"linear", "moe", "paged_attention", "rms_norm", "rope", "router", "combine"}
+    for operation in operations | {"sampling", "exchange"}:
+        assert kernels["implementations"][operation] == "triton", operation
+    assert kernels["implementations"]["forward"] == "gpu"
+
+
 @pytest.mark.parametrize("isa", loader.ISAS)
 def test_the_instruction_set_is_the_one_asked_for(
     isa: str, capsys: pytest.CaptureFixture[str]

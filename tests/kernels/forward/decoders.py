@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moe_serve.experts.cache import ExpertCache
-from moe_serve.experts.offload import FixedSlots, OffloadedExperts
+from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.experts.policies import lru
 from moe_serve.experts.policies.base import CacheShape
+from moe_serve.experts.slots import FixedSlots
 from moe_serve.experts.transfer import TransferQueue
 from moe_serve.kernels.forward.gpu import Forward
 from moe_serve.kernels.moe.base import ExpertTable
