@@ -10,8 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +22,16 @@ from moe_serve.comm.base import Inbox
 from moe_serve.errors import CapacityError, MoeServeError, StoreError
 from moe_serve.experts.cache import Event, ExpertCache, Wave, check_capacity
 from moe_serve.experts.executor import Replay
+from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.policies.base import CacheShape
 from moe_serve.experts.prefetch import Prefetcher
 from moe_serve.experts.profile import ProfileKeeper
 from moe_serve.experts.recorder import RoutingRecorder, StepNotes
+from moe_serve.experts.slots import DeviceSlots, SlotMemory
 from moe_serve.experts.split import MissPlanner
 from moe_serve.experts.transfer import Transfer, Transfers
-from moe_serve.kernels.forward.base import Run, Stopped, Stops
+from moe_serve.kernels.forward.base import Pairs, Run, Stopped, Stops
 from moe_serve.kernels.moe.base import ExpertTable
-from moe_serve.kernels.native.memory import GrowingMemory
 from moe_serve.types import ForwardBatch, Routing
 
 logger = logging.getLogger(__name__)
@@ -50,45 +51,6 @@ class OffloadStats:
     num_events: int = 0
     num_streamed: int = 0
     union_over_capacity: float = 0.0
-
-
-class SlotMemory(Protocol):
-    """The arena that holds the slots. records: uint8 [at least most_slots, record_bytes]."""
-
-    @property
-    def records(self) -> Tensor: ...
-    @property
-    def most_slots(self) -> int: ...
-
-    def resize(self, num_slots: int) -> None:
-        """Make the first `num_slots` usable and give back the rest. Raises CapacityError."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FixedSlots:
-    """Slots in front of records that stay: what they do not use is not given back."""
-
-    records: Tensor
-    most_slots: int
-
-    def resize(self, num_slots: int) -> None:
-        """Nothing changes."""
-
-
-class GrowingSlots:
-    """Slots in memory that is taken and given back as their number changes."""
-
-    def __init__(self, num_slots: int, most_slots: int, record_bytes: int) -> None:
-        """Raises CapacityError where there is no memory for `num_slots`."""
-        self._record_bytes = record_bytes
-        self._memory = GrowingMemory(most_slots * record_bytes, num_slots * record_bytes)
-        self.records = self._memory.tensor.view(-1, record_bytes)
-        self.most_slots = self.records.shape[0]
-
-    def resize(self, num_slots: int) -> None:
-        """See `SlotMemory`."""
-        self._memory.resize(num_slots * self._record_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +82,7 @@ class OffloadedExperts:
         cache: ExpertCache,
         queue: Transfers,
         memory: SlotMemory,
-        host: HostTier | None = None,
+        host: HostTier | HostExperts | None = None,
         prefetcher: Prefetcher | None = None,
         recorder: RoutingRecorder | None = None,
         keeper: ProfileKeeper | None = None,
@@ -222,21 +184,35 @@ class OffloadedExperts:
         self._notes.note(layer, routing)
         table = self.layers[layer]
         self._next_layer = self._index[layer]  # no layer before this one is left to be told
+        out = inbox.rows.new_empty(inbox.row_of_pair.shape[0], table.hidden_size)
         stopped = Stopped(
             layer=layer,  # by the model's number
-            expert_ids=routing.expert_ids.numpy(),
-            weights=routing.weights.numpy(),
-            counts=inbox.counts.numpy(),
+            expert_ids=routing.expert_ids.cpu().numpy(),
+            weights=routing.weights.cpu().numpy(),
+            counts=inbox.counts.cpu().numpy(),
             residual=residual,
+            pairs=Pairs(rows=inbox.rows, row_of_pair=inbox.row_of_pair, out=out),
         )
-        out = inbox.rows.new_empty(inbox.row_of_pair.shape[0], table.hidden_size)
         try:
             for part in self.serve(stopped, can_wait=False):
-                self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, table, part.only, out)
+                self._launch(inbox, table, part.only, out)
         except BaseException:
             self.cache.abandon()  # where there are ranks, the step goes on with the next layer
             raise
         return out
+
+    def _launch(self, inbox: Inbox, table: ExpertTable, only: Tensor | None, out: Tensor) -> None:
+        """Run the kernel; a device's is given copies of what the host goes on to change."""
+        if isinstance(self._memory, DeviceSlots):
+            device = self._memory.records.device
+            if only is not None:
+                if not bool(only.any()):
+                    return
+                only = only.to(device, non_blocking=True)
+            # of memory that is not pinned, CUDA has a copy when the call returns
+            slots = table.slot_of_expert.to(device, non_blocking=True, copy=True)
+            table = replace(table, slot_of_expert=slots)
+        self._moe(inbox.rows, inbox.row_of_pair, inbox.counts, table, only, out)
 
     def resize(self, shape: CacheShape) -> None:
         """Take another number of slots, between steps; what is least worth keeping leaves.
@@ -256,10 +232,7 @@ class OffloadedExperts:
             for layer in range(shape.num_layers):
                 self.prefetcher.give_up(layer)
         self._forget_lost()
-        while self.cache.num_loading:
-            ended = self.queue.ended(wait=True)
-            assert ended, "experts are loading that nobody brings"
-            self._collect(ended)
+        self.finish_loading()
         old = self.cache.shape.total_slots
         if shape.total_slots > old:
             self._memory.resize(shape.total_slots)
@@ -276,6 +249,13 @@ class OffloadedExperts:
         """
         for layer, expert, slot in self.cache.preload(experts):
             self.queue.guess(layer, expert, slot)
+
+    def finish_loading(self) -> None:
+        """Wait until all that is on its way is resident, between steps."""
+        while self.cache.num_loading:
+            ended = self.queue.ended(wait=True)
+            assert ended, "experts are loading that nobody brings"
+            self._collect(ended)
 
     def resident(self) -> list[list[int]]:
         """See `executor.Experts`."""
@@ -359,24 +339,43 @@ class OffloadedExperts:
             self.queue.hurry(layer, expert)
         if self.prefetcher is not None:
             self.prefetcher.give_up(layer)
-        left = len(event.expert_ids)
-        in_place: list[int] = []
+        work: Callable[[], None] | None = None
+        shown: list[int] = []
         try:
-            in_place += self._choose_in_place(event, counts)
-            for expert in in_place:
+            in_place = self._choose_in_place(event, counts, stopped.pairs)
+            left = len(event.expert_ids)
+            if isinstance(self._host, HostExperts):
+                if in_place and stopped.pairs is not None:
+                    uses = self.layers[stopped.layer].uses
+                    work = self._host.begin(layer, in_place, stopped.counts, stopped.pairs, uses)
+            else:
+                shown = in_place
+            for expert in shown:
                 self.cache.slot_of_expert[layer, expert] = self._host_slot(layer, expert)
-            for number, wave in enumerate(self._waves(event, in_place)):
+            is_beside = work is not None  # the last part then comes after it
+            for number, wave in enumerate(self._waves(event, shown)):
+                run = wave.run
                 if wave.loads:
                     self.queue.demand(layer, wave.loads)
                 if self.prefetcher is not None and number == 0:  # while the loads are under way
                     self.prefetcher.look_ahead(layer, stopped)
-                if not wave.run and not wave.loads:
+                if not run and not wave.loads:
                     self._wait(event)
-                left -= len(wave.run)
-                yield from self._as_they_arrive(event, wave.run, not left, can_wait)
+                if work is not None:
+                    there = self._there(layer, run)
+                    if there:
+                        yield Run(self._only(there), is_last=False)
+                    work()
+                    work, run = None, [expert for expert in run if expert not in there]
+                left -= len(run)
+                yield from self._as_they_arrive(event, run, not left and not is_beside, can_wait)
+            if work is not None:
+                work()
+            if is_beside:
+                yield Run(self._only(()), is_last=True)
             self.cache.end(event)
         finally:
-            for expert in in_place:
+            for expert in shown:
                 self.cache.slot_of_expert[layer, expert] = -1
 
     def _waves(self, event: Event, in_place: list[int]) -> Iterator[Wave]:
@@ -393,10 +392,9 @@ class OffloadedExperts:
     ) -> Iterator[Run]:
         """Yield what of `run` is there, until all was. is_last: with them the layer is done."""
         layer = event.layer
-        slots = self.cache.slot_of_expert[layer]
         waiting = set(run)
         while waiting:
-            ready = sorted(expert for expert in waiting if slots[expert] >= 0)
+            ready = self._there(layer, waiting)
             waiting.difference_update(ready)
             awaited = self.queue.arrivals(layer, sorted(waiting)) if waiting and can_wait else None
             if awaited is not None:
@@ -408,6 +406,10 @@ class OffloadedExperts:
                 yield Run(self._only(ready), is_last and not waiting)
             else:
                 self._wait(event)
+
+    def _there(self, layer: int, experts: Iterable[int]) -> list[int]:
+        slots = self.cache.slot_of_expert[layer]
+        return sorted(expert for expert in experts if slots[expert] >= 0)
 
     def _wait(self, event: Event) -> None:
         start_s = self._clock()
@@ -459,12 +461,18 @@ class OffloadedExperts:
                     self.cache.failed(layer, expert)
 
     def _host_slot(self, layer: int, expert: int) -> int:
-        assert self._host is not None
+        assert isinstance(self._host, HostTier)
         return self._host.slot(layer, expert)
 
-    def _choose_in_place(self, event: Event, counts: Mapping[int, int]) -> list[int]:
+    def _choose_in_place(
+        self, event: Event, counts: Mapping[int, int], pairs: Pairs | None
+    ) -> list[int]:
         """Choose misses that run in host memory, and take them off the event."""
         if self._host is None or not event.misses:
+            return []
+        if isinstance(self._host, HostExperts) and pairs is None:
+            return []  # who stopped runs all of them itself
+        if self._host.planner is None:
             return []
         chosen = self._host.planner.in_place(
             {expert: counts[expert] for expert in event.misses},

@@ -144,7 +144,7 @@ class Prefetcher:
         self._forecasts.clear()
         if self._batch is None:
             return
-        sequence_ids = batch.sequence_ids.numpy()
+        sequence_ids = batch.sequence_ids.cpu().numpy()
         self._sequences = list(dict.fromkeys(sequence_ids.tolist()))
         none = np.empty((batch.num_tokens, 0))
         self._predictor.observe(
@@ -153,7 +153,7 @@ class Prefetcher:
                 expert_ids=none.astype(np.int64),
                 weights=none.astype(np.float32),
                 sequence_ids=sequence_ids,
-                token_ids=batch.token_ids.numpy(),
+                token_ids=batch.token_ids.cpu().numpy(),
             )
         )
         self.stats.predictor_s += time.perf_counter() - start_s
@@ -180,15 +180,17 @@ class Prefetcher:
                 np.concatenate([forecast.said for forecast in forecasts]),
                 stopped.counts[asked] > 0,
             )
-        hidden = stopped.residual.float().numpy() if "hidden" in self._predictor.needs else None
+        hidden = None
+        if "hidden" in self._predictor.needs:
+            hidden = stopped.residual.float().cpu().numpy()
         asked_s = time.perf_counter()
         self._predictor.observe(
             Observation(
                 layer=layer,
                 expert_ids=stopped.expert_ids,
                 weights=stopped.weights,
-                sequence_ids=batch.sequence_ids.numpy(),
-                token_ids=batch.token_ids.numpy(),
+                sequence_ids=batch.sequence_ids.cpu().numpy(),
+                token_ids=batch.token_ids.cpu().numpy(),
                 hidden=hidden,
             )
         )

@@ -57,7 +57,7 @@ class ProfileKeeper:
         """Add this run's uses, which the kernels counted, by layer. Raises TraceError."""
         uses = self.before.uses * _DECAY
         for index, layer in enumerate(sorted(layers)):
-            counted = layers[layer].uses.numpy()
+            counted = layers[layer].uses.cpu().numpy()
             uses[index, : len(counted)] += counted
         policy, state = self._policy, policy_state
         if state is None:  # none ran: what an earlier one learned is kept

@@ -96,15 +96,14 @@ class RankExperts:
         """Return held experts as they travel, uint8 [num_experts, message_bytes]."""
         out = torch.empty(len(experts), self.message_bytes(layer), dtype=torch.uint8)
         for row, expert in zip(out, experts, strict=True):
-            record = self._arena(layer).record(layer, expert)
-            row[:-_CRC_BYTES] = record
-            crc = zlib.crc32(record.numpy()).to_bytes(_CRC_BYTES, "little")
+            row[:-_CRC_BYTES] = self._arena(layer).record(layer, expert)  # to the host
+            crc = zlib.crc32(row[:-_CRC_BYTES].numpy()).to_bytes(_CRC_BYTES, "little")
             row[-_CRC_BYTES:] = torch.frombuffer(bytearray(crc), dtype=torch.uint8)
         return out
 
     def receive(self, layer: int, experts: Sequence[int], rows: Tensor) -> None:
         """Keep experts that came; they run once they were shown. Raises CommError if damaged."""
-        for expert, row in zip(experts, rows, strict=True):
+        for expert, row in zip(experts, rows.cpu(), strict=True):
             sent = int.from_bytes(row[-_CRC_BYTES:].numpy().tobytes(), "little")
             if zlib.crc32(row[:-_CRC_BYTES].numpy()) != sent:
                 raise CommError(f"expert {expert} of layer {layer} was damaged on its way")
@@ -118,7 +117,7 @@ class RankExperts:
             is_held[list(held)] = True
             return
         arena = self._arena(layer)
-        before = np.flatnonzero(self.layers[layer].slot_of_expert.numpy() >= 0).tolist()
+        before = np.flatnonzero(self.layers[layer].slot_of_expert.cpu().numpy() >= 0).tolist()
         for expert in sorted(set(held) - set(before)):
             arena.show(layer, expert)
         for expert in sorted(set(before) - set(held)):

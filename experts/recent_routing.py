@@ -30,14 +30,14 @@ class RecentRouting:
 
     def begin(self, token_ids: Tensor) -> None:
         """Begin a step of these tokens, int64 [num_tokens]."""
-        self._token_ids = token_ids.numpy().astype(np.int32)
+        self._token_ids = token_ids.cpu().numpy().astype(np.int32)
         self._ids, self._is_open = None, True
 
     def note(self, layer: int, routing: Routing) -> None:
         """Take note of a layer's choices."""
         if not self._is_open:
             return
-        ids = routing.expert_ids.numpy()
+        ids = routing.expert_ids.cpu().numpy()
         if self._ids is None:
             self._ids = np.full((len(ids), len(self._index), ids.shape[1]), -1, np.int16)
         self._ids[:, self._index[layer]] = ids

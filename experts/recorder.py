@@ -71,12 +71,13 @@ class RoutingRecorder:
         weights = notes.weights[self._rows].transpose(0, 1).contiguous().numpy()
         lens = torch.tensor(batch.query_lens)
         prompts = torch.tensor(batch.prompt_lens).repeat_interleave(lens)
+        positions = batch.positions.cpu()
         columns = (
-            batch.sequence_ids,
-            batch.positions,
-            torch.full_like(batch.positions, step),
-            torch.where(batch.positions < prompts, PREFILL, DECODE),
-            batch.token_ids,
+            batch.sequence_ids.cpu(),
+            positions,
+            torch.full_like(positions, step),
+            torch.where(positions < prompts, PREFILL, DECODE),
+            batch.token_ids.cpu(),
         )
         tokens = torch.stack([column.long() for column in columns], 1).numpy()
         parts = {

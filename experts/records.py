@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_serve.errors import CapacityError
+from moe_serve.experts.slots import DeviceSlots
 from moe_serve.kernels.moe.base import HEADER_BYTES, ExpertTable, plain_weights
 from moe_serve.kernels.native.memory import GrowingMemory, allocate
 
@@ -81,11 +83,14 @@ class ExpertArena:
         bytes_of_kernel: int,
         slots_before: int = 0,
         held: Mapping[int, Sequence[int]] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Allocate. bytes_of_kernel: `record_bytes` of the kernels, before rounding up.
 
         slots_before: how many slots to leave free in front, for a cache of these records. held: the
-        experts of each layer that are kept here, rising; None: all.
+        experts of each layer that are kept here, rising; None: all. device: where the records are,
+        None: in host memory; on a device there is room for as many more as a layer has at most.
+        Raises CapacityError.
         """
         self.layers = tuple(layers)
         self.num_experts = num_experts
@@ -104,7 +109,13 @@ class ExpertArena:
         self._num_slots = len(self._slot)  # usable, from the first on
         self._free: list[int] = []
         num_slots = slots_before + self._num_slots
-        if held is None:
+        self._device = torch.device("cpu") if device is None else device
+        self._memory: GrowingMemory | None = None
+        if self._device.type != "cpu":
+            if held is not None:
+                num_slots += max(map(len, self.held.values()))
+            memory = DeviceSlots(num_slots, self.record_bytes, self._device).records.view(-1)
+        elif held is None:
             memory = allocate(num_slots * self.record_bytes)
         else:
             assert not slots_before, "a rank's records have no cache before them"
@@ -144,8 +155,8 @@ class ExpertArena:
                 slots[expert] = self._slot[layer, expert]
             self._tables[layer] = ExpertTable(
                 self.records,
-                slots,
-                torch.zeros(self.num_experts, dtype=torch.int64),
+                slots.to(self._device),
+                torch.zeros(self.num_experts, dtype=torch.int64, device=self._device),
                 self.hidden_size,
                 self.intermediate_size,
                 self.dtype,
@@ -164,11 +175,21 @@ class ExpertArena:
         Raises CapacityError.
         """
         if not self._free:
-            self._memory.resize((self._num_slots + 1) * self.record_bytes)
+            self._grow()
             self._free.append(self._num_slots)
             self._num_slots += 1
         self._slot[layer, expert] = slot = self._free.pop()
         return self.records[slot]
+
+    def _grow(self) -> None:
+        num_slots = self._num_slots + 1
+        if self._memory is not None:
+            self._memory.resize(num_slots * self.record_bytes)
+        elif num_slots > len(self.records):
+            raise CapacityError(
+                f"there is room for {len(self.records)} experts on {self._device}, and one more is "
+                "to come: use a placement in which each rank holds as many as before"
+            )
 
     def show(self, layer: int, expert: int) -> None:
         """Let the kernels see an expert that `add` made room for, now that its record is there."""

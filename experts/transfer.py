@@ -55,6 +55,10 @@ class Transfer:
     is_whole: bool = False
     error: Exception | None = None
 
+    def is_of(self, layer: int, expert: int) -> bool:
+        """Return whether it brings in this expert."""
+        return (self.layer, self.expert) == (layer, expert)
+
 
 class Awaited(Arrivals, Protocol):
     """What `Arrivals` says after the pass: how long there was nothing to run, and who was not."""
@@ -82,7 +86,7 @@ class Transfers(Protocol):
         ...
 
     def hurry(self, layer: int, expert: int) -> None:
-        """Say that a guess is needed now. One that has ended by then stays as it has ended."""
+        """Say that a guess is needed now. One that has ended by then may stay as it has ended."""
         ...
 
     def give_up(self, layer: int, expert: int) -> bool:
@@ -198,7 +202,7 @@ class TransferQueue:
     def is_known(self, layer: int, expert: int) -> bool:
         with self._lock:
             return (layer, expert) in self._of_expert or any(
-                (transfer.layer, transfer.expert) == (layer, expert) for transfer in self._ended
+                transfer.is_of(layer, expert) for transfer in self._ended
             )
 
     def arrivals(self, layer: int, experts: Sequence[int]) -> Awaited | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,26 +18,26 @@ from torch import Tensor
 
 from moe_serve import plugin
 from moe_serve.config import EngineConfig
+from moe_serve.engine.expert_times import device_times, expert_s, least_s, split_costs
+from moe_serve.engine.memory import available_bytes
 from moe_serve.engine.ranks import Share
 from moe_serve.engine.residency import Residency
 from moe_serve.errors import ConfigError, StoreError
 from moe_serve.experts.cache import ExpertCache
 from moe_serve.experts.calibration import Calibration
+from moe_serve.experts.device_transfer import DeviceTransfers, StagedTransfers
 from moe_serve.experts.executor import Experts
+from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.native_transfer import open_transfers
-from moe_serve.experts.offload import (
-    FixedSlots,
-    GrowingSlots,
-    HostTier,
-    OffloadedExperts,
-    SlotMemory,
-)
+from moe_serve.experts.offload import HostTier, OffloadedExperts
 from moe_serve.experts.packing import one_at_a_time
 from moe_serve.experts.predictor_state import read_state
 from moe_serve.experts.prefetch import MAX_DISTANCE, LinkTimes, Prefetcher
 from moe_serve.experts.profile import ProfileKeeper, read_profile
 from moe_serve.experts.recorder import RoutingRecorder
+from moe_serve.experts.slots import DeviceSlots, FixedSlots, GrowingSlots, SlotMemory
 from moe_serve.experts.split import MissCosts, MissPlanner
+from moe_serve.experts.store import ExpertStore
 from moe_serve.experts.store_layout import store_path
 from moe_serve.experts.transfer import (
     CHUNK_BYTES,
@@ -47,6 +46,8 @@ from moe_serve.experts.transfer import (
     StoreSource,
     Transfers,
 )
+from moe_serve.kernels.gpu.streams import Streams
+from moe_serve.kernels.gpu.streams import streams as gpu_streams
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.kernels.suite import Kernels
 from moe_serve.models.checkpoint import WeightReader, load_weights
@@ -61,19 +62,20 @@ logger = logging.getLogger(__name__)
 
 DISK_THREADS = 4
 _LINK_THREADS = 1
-_NUM_SAMPLES = 5
+_NUM_STAGED = 2 * DISK_THREADS  # records on their way from disk to a GPU
+_SHARE_OF_HOST = 0.8  # of the host's free memory, for records
 
 Progress = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Tier:
-    """Where slots are, and where what is not in them comes from."""
+    """Where slots are, and where what is not in them comes from; times measures how fast."""
 
-    source: Source
     queue: Transfers
     memory: SlotMemory
-    host: HostTier | None = None
+    times: Callable[[], LinkTimes]
+    host: HostTier | HostExperts | None = None
 
 
 class ExpertParts:
@@ -132,7 +134,12 @@ class ExpertParts:
         build_predictor = self._predictor(cache)
         recorder = self._recorder()
         link = self._config.experts.emulate_link
-        others, tier = self._on_disk(cache) if link is None else self._behind_link(cache, link)
+        if self._kernels.name == "triton":
+            others, tier = self._on_device(cache, link)
+        elif link is None:
+            others, tier = self._on_disk(cache)
+        else:
+            others, tier = self._behind_link(cache, link)
         try:
             experts = OffloadedExperts(
                 self._kernels.moe,
@@ -147,12 +154,14 @@ class ExpertParts:
             )
             if keeper is not None:
                 experts.preload(keeper.before.hottest())
+                if isinstance(tier.queue, DeviceTransfers):
+                    experts.finish_loading()  # a second or so; without steps nothing moves on
         except BaseException:
             tier.queue.close()
             raise
         return others, experts
 
-    # -- the three ways ----------------------------------------------------------------------------
+    # -- the four ways -----------------------------------------------------------------------------
 
     def _resident(self) -> tuple[dict[str, Tensor], Experts]:
         held = None if self._share is None else self._share.held
@@ -177,25 +186,13 @@ class ExpertParts:
         memory = FixedSlots(arena.slots, num_slots)
         costs = self._miss_costs(arena.table(arena.layers[0]), source, arena.slots[0])
         host = HostTier(num_slots, arena.num_experts, MissPlanner(self._config.experts.miss, costs))
-        return others, _Tier(
-            source, open_transfers(source, arena.slots, num_slots, _LINK_THREADS), memory, host
-        )
+        queue = open_transfers(source, arena.slots, num_slots, _LINK_THREADS)
+        return others, _Tier(queue, memory, lambda: self._link_times(source, memory), host)
 
     def _on_disk(self, cache: ExpertCache) -> tuple[dict[str, Tensor], _Tier]:
         """Read records from a store, packed now if there is none as yet."""
-        if self._config.experts.miss == "split":
-            logger.warning(
-                "miss='split' has no effect: the experts that are missing are on disk, where "
-                "nothing can run them"
-            )
-        layout = store_layout(
-            self._spec, self._dtype, self._kernels, self._model_hash(), self._numerics_id
-        )
-        path = store_path(self._store_folder(), self._folder.resolve().name, layout)
-        with one_at_a_time(path.parent):  # ranks of one machine share the file
-            store = open_or_pack(
-                path, layout, self._spec, self._kernels, self._fill_experts(), self._on_progress
-            )
+        self._warn_of_split()
+        store = self._store()
         shape = cache.shape
         try:
             others = self._fill_others()
@@ -207,7 +204,87 @@ class ExpertParts:
             raise
         source = StoreSource(store, self._layers)
         queue = open_transfers(source, memory.records, memory.most_slots, DISK_THREADS)
-        return others, _Tier(source, queue, memory)
+        return others, _Tier(queue, memory, lambda: self._link_times(source, memory))
+
+    def _on_device(self, cache: ExpertCache, link: float | None) -> tuple[dict[str, Tensor], _Tier]:
+        """Put slots on a GPU, before records in host memory, or on disk where they do not fit."""
+        if link is not None:
+            raise ConfigError("emulate_link stands for a GPU's link, and there is a GPU; leave out")
+        streams = gpu_streams(self._kernels.device)
+        if self._is_held_by_host():
+            return self._before_host(cache, streams)
+        self._warn_of_split()
+        source = StoreSource(self._store(), self._layers)
+        try:
+            others = self._fill_others()
+            memory = self._device_slots(cache)
+        except BaseException:
+            source.close()
+            raise
+        queue = StagedTransfers(streams, memory.records, source, _NUM_STAGED, DISK_THREADS)
+        sizes = self._sizes
+        return others, _Tier(queue, memory, lambda: device_times(queue, *sizes))
+
+    def _before_host(self, cache: ExpertCache, streams: Streams) -> tuple[dict[str, Tensor], _Tier]:
+        weights = ExpertWeights(self._spec, self._dtype, self._kernels)
+        others = self._fill_all(weights.plain())
+        weights.pack()
+        arena, memory = weights.only_arena(), self._device_slots(cache)
+        pinned = streams.pin(arena.records)
+        first = {layer: index * arena.num_experts for index, layer in enumerate(arena.layers)}
+
+        def record_of(layer: int, expert: int) -> Tensor:
+            return pinned[first[self._layers[layer]] + expert]
+
+        queue = DeviceTransfers(streams, memory.records, record_of)
+        tables = {index: arena.table(layer) for index, layer in enumerate(self._layers)}
+        planner = None
+        if self._config.experts.miss == "split":
+            costs = split_costs(self._kernels, tables[0], memory.records, queue, streams)
+            planner = MissPlanner("split", costs)
+            logger.warning(
+                "miss='split' on a GPU is not exact: the host rounds otherwise than the GPU does, "
+                "and what runs where depends on what is resident"
+            )
+        host, sizes = HostExperts(tables, planner, streams), self._sizes
+        return others, _Tier(queue, memory, lambda: device_times(queue, *sizes), host)
+
+    def _is_held_by_host(self) -> bool:
+        """Return whether all records are to be in host memory: one kind, one rank, and room."""
+        moes = [moe for layer in self._layers if (moe := self._spec.layers[layer].moe) is not None]
+        if self._share is not None or len({moe.intermediate_size for moe in moes}) > 1:
+            return False
+        if self._config.experts.expert_store is not None:
+            return False
+        num_bytes = sum(moe.router.num_experts for moe in moes) * self._residency.slot_bytes
+        return num_bytes <= _SHARE_OF_HOST * available_bytes()
+
+    def _device_slots(self, cache: ExpertCache) -> DeviceSlots:
+        num_slots, device = cache.shape.total_slots, self._kernels.device
+        return DeviceSlots(num_slots, self._residency.slot_bytes, device)
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self._num_experts(0), self._residency.slot_bytes
+
+    def _warn_of_split(self) -> None:
+        if self._config.experts.miss == "split":
+            logger.warning(
+                "miss='split' has no effect: the experts that are missing are on disk, where "
+                "nothing can run them"
+            )
+
+    def _store(self) -> ExpertStore:
+        """Open the store of this model's experts, packed now if there is none as yet."""
+        layout = store_layout(
+            self._spec, self._dtype, self._kernels, self._model_hash(), self._numerics_id
+        )
+        path = store_path(self._store_folder(), self._folder.resolve().name, layout)
+        with one_at_a_time(path.parent):  # ranks of one machine share the file
+            store = open_or_pack(
+                path, layout, self._spec, self._kernels, self._fill_experts(), self._on_progress
+            )
+        return store
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -241,13 +318,16 @@ class ExpertParts:
         if self._config.experts.prefetch == "off":
             return None
         predictor = build_predictor(gates)
-        scratch = tier.memory.records[0]
-        load_s = _least_s(lambda index: self._load(tier.source, scratch, index, None))
-        chunk_s = _least_s(lambda index: self._load(tier.source, scratch, index, CHUNK_BYTES))
-        link = LinkTimes(load_s=load_s, chunk_s=min(chunk_s, load_s))
+        link = tier.times()
         calibration = Calibration(MAX_DISTANCE)
         kind = self._config.experts.prefetch
         return Prefetcher(predictor, cache, tier.queue, calibration, link, kind)
+
+    def _link_times(self, source: Source, memory: SlotMemory) -> LinkTimes:
+        scratch = memory.records[0]
+        load_s = least_s(lambda index: self._load(source, scratch, index, None))
+        chunk_s = least_s(lambda index: self._load(source, scratch, index, CHUNK_BYTES))
+        return LinkTimes(load_s=load_s, chunk_s=min(chunk_s, load_s))
 
     def _load(self, source: Source, scratch: Tensor, index: int, num_bytes: int | None) -> None:
         """Read an expert, or its first bytes, into a slot that nobody uses yet.
@@ -267,22 +347,12 @@ class ExpertParts:
 
         table: of experts in host memory.
         """
-        many = 16
-
-        def run(expert: int, num_rows: int) -> None:
-            counts = torch.zeros(table.num_experts, dtype=torch.int64)
-            counts[expert % table.num_experts] = num_rows
-            rows = torch.zeros(num_rows, table.hidden_size, dtype=table.dtype)
-            self._kernels.moe(rows, torch.arange(num_rows), counts, table)
-
-        one_s = _least_s(lambda expert: run(expert, 1))
-        many_s = _least_s(lambda expert: run(expert, many))
-        row_s = max(0.0, (many_s - one_s) / (many - 1))
+        fixed_s, row_s = expert_s(self._kernels.moe, table)
         return MissCosts(
-            copy_s=_least_s(lambda index: self._load(source, scratch, index, None)),
-            host_s=one_s - row_s,
+            copy_s=least_s(lambda index: self._load(source, scratch, index, None)),
+            host_s=fixed_s,
             host_row_s=row_s,
-            device_s=one_s - row_s,
+            device_s=fixed_s,
             device_row_s=row_s,
             is_one_processor=True,
         )
@@ -296,7 +366,7 @@ class ExpertParts:
             tables[layer] = ExpertTable(
                 records,
                 slots[index, : moe.router.num_experts],
-                torch.zeros(moe.router.num_experts, dtype=torch.int64),
+                torch.zeros(moe.router.num_experts, dtype=torch.int64, device=records.device),
                 self._spec.hidden_size,
                 moe.intermediate_size,
                 self._dtype,
@@ -325,7 +395,9 @@ class ExpertParts:
         is_softmax = routers[0].score in ("softmax", "softmax_after_top_k")
 
         def arrays(name: str) -> list[Array]:
-            return [weights[f"layers.{layer}.{name}"].float().numpy() for layer in self._layers]
+            return [
+                weights[f"layers.{layer}.{name}"].float().cpu().numpy() for layer in self._layers
+            ]
 
         return Gates(
             router_weights=arrays("router"),
@@ -409,13 +481,3 @@ def default_store_folder() -> Path:
         except RuntimeError as error:
             raise ConfigError("there is no home folder; give expert_store") from error
     return Path(cache) / "moe_serve" / "experts"
-
-
-def _least_s(work: Callable[[int], object]) -> float:
-    """Return the least time of some calls after a first one: what others do only adds to it."""
-    times_s = []
-    for index in range(_NUM_SAMPLES + 1):
-        start_s = time.perf_counter()
-        work(index)
-        times_s.append(time.perf_counter() - start_s)
-    return min(times_s[1:])

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from moe_serve.experts.cache import ExpertCache
 from moe_serve.experts.calibration import Calibration
-from moe_serve.experts.offload import FixedSlots, OffloadedExperts
+from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.experts.policies.base import CacheShape, EvictionPolicy
 from moe_serve.experts.prefetch import MAX_DISTANCE, LinkTimes, Prefetcher
+from moe_serve.experts.slots import FixedSlots
 from moe_serve.experts.trace import Trace
 from moe_serve.experts.transfer import CHUNK_BYTES, Transfer
 from moe_serve.kernels.forward.base import Stopped

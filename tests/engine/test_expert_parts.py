@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from moe_serve.config import EngineConfig
+from moe_serve.engine import expert_parts
 from moe_serve.engine.build import build_engine
 from moe_serve.engine.engine import Engine
-from moe_serve.engine.expert_parts import default_store_folder
+from moe_serve.engine.expert_parts import ExpertParts, default_store_folder
+from moe_serve.engine.residency import Residency
 from moe_serve.errors import ConfigError, StoreError, TraceError
+from moe_serve.experts.device_transfer import DeviceTransfers, StagedTransfers
 from moe_serve.experts.executor import ResidentExperts
+from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.experts.predictor_state import write_state
 from moe_serve.experts.profile import UsageProfile, read_profile, write_profile
+from moe_serve.kernels import suite
 from moe_serve.models.checkpoint_folder import model_hash
+from moe_serve.models.hf_config import HFConfig
+from moe_serve.models.registry import read_spec
 from moe_serve.types import Request, SamplingParams
+from tests.kernels.implementations import TRITON, kernels
 from tests.models.bad_checkpoints import write_checkpoint
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
@@ -46,6 +56,17 @@ def build(folder: Path, tmp_path: Path) -> Iterator[Any]:
     yield one
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a GPU's kernel on experts, interpreted where there is none, and plain ones beside it."""
+    if not TRITON:
+        pytest.skip("there is no Triton here")
+    chosen = kernels("triton-exact")
+    if chosen.device.type == "cpu":
+        chosen = replace(kernels("reference"), name="triton", moe=chosen.moe)
+    monkeypatch.setattr(suite, "load", lambda *_, **__: chosen)
 
 
 def offloaded(engine: Engine) -> OffloadedExperts:
@@ -184,3 +205,72 @@ def test_stores_are_in_the_user_s_cache(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(ConfigError, match="give expert_store"):
         default_store_folder()
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_gpu_has_slots_before_host_memory_or_before_a_store(
+    build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = build()
+    in_memory = build(expert_store=None, expert_cache_slots=2)
+    assert not (tmp_path / "store").exists(), "nothing is packed that is not needed"
+    on_disk = build(expert_cache_slots=2)
+    assert len(list((tmp_path / "store").iterdir())) == 1
+    assert isinstance(offloaded(in_memory).queue, DeviceTransfers)
+    assert isinstance(offloaded(on_disk).queue, StagedTransfers)
+    tokens = run(whole)
+    for engine, tier in ((in_memory, "link_bytes"), (on_disk, "disk_bytes")):
+        assert run(engine) == tokens
+        total = offloaded(engine).report()["total"]
+        assert total["misses"] == total["fetched"] > 0
+        assert total["bytes"] == total[tier]
+    assert "not exact" not in caplog.text
+
+
+def test_records_that_host_memory_does_not_hold_stay_on_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig.from_options({"expert_store": None})
+    spec = read_spec(HFConfig.read(folder))
+    residency = Residency(None, 4096, 0, 2)
+
+    def is_held_by_host(share: Any = None) -> bool:
+        parts = ExpertParts(
+            config, spec, torch.float32, kernels("reference"), residency, folder, "", share=share
+        )
+        return parts._is_held_by_host()
+
+    assert is_held_by_host()
+    assert not is_held_by_host(share=object()), "a rank's placement changes"
+    needed = NUM_LAYERS * NUM_EXPERTS * 4096
+    monkeypatch.setattr(expert_parts, "available_bytes", lambda: needed)
+    assert not is_held_by_host(), "there must be room for more than these"
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_gpu_begins_with_what_was_used_before(build: Any, tmp_path: Path) -> None:
+    profile = str(tmp_path / "uses.npz")
+    options = {"expert_store": None, "expert_cache_slots": 2, "usage_profile": profile}
+    first = build(**options)
+    assert offloaded(first).cache.num_resident() == [0] * NUM_LAYERS
+    run(first)
+    first.close()
+    assert offloaded(build(**options)).cache.num_resident() == [2] * NUM_LAYERS
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_split_on_a_gpu_is_said_not_to_be_exact(
+    build: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    split = build(expert_store=None, miss="split", prefetch="on", expert_cache_slots=2)
+    assert "miss='split' on a GPU is not exact" in caplog.text
+    experts = offloaded(split)
+    assert isinstance(experts._host, HostExperts)
+    assert experts._host.planner is not None
+    assert not experts._host.planner.costs.is_one_processor
+    assert len(run(split)) == 5
+    caplog.clear()
+    build(miss="split", expert_cache_slots=2)
+    assert "miss='split' has no effect: the experts that are missing are on disk" in caplog.text
+    with pytest.raises(ConfigError, match="emulate_link stands for a GPU's link"):
+        build(emulate_link=1.0, expert_cache_slots=2)

@@ -21,6 +21,7 @@ from moe_serve.kernels.moe.base import HEADER_BYTES
 from moe_serve.kernels.native.loader import NotBuilt, load
 from moe_serve.kernels.native.memory import allocate
 from tests.experts.stores import LAYOUT, weights_of, written
+from tests.experts.transfer_machine import STEPS, Machine, collect
 from tests.offloaded import transfer_threads
 
 PAGE = 4096
@@ -60,15 +61,6 @@ def make() -> Iterator[Make]:
 
 def linked(make: Make, host: torch.Tensor, chunks_per_s: float, **options: Any) -> NativeTransfers:
     return make(EmulatedLink(host, EXPERTS, chunks_per_s * PAGE), **options)
-
-
-def collect(transfers: NativeTransfers, count: int) -> list[Transfer]:
-    ended: list[Transfer] = []
-    while len(ended) < count:
-        found = transfers.ended(wait=True)
-        assert found, f"only {len(ended)} of {count} ended, and nothing is under way"
-        ended += found
-    return ended
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
@@ -220,73 +212,6 @@ def test_closing_gives_up_what_waits(make: Make, host: torch.Tensor) -> None:
     transfers.close()
 
 
-class Machine:
-    """What may be called in any order, beside a model of what must come of it."""
-
-    def __init__(
-        self, transfers: NativeTransfers, chance: random.Random, names: list[tuple[int, int]]
-    ) -> None:
-        self.transfers = transfers
-        self.chance = chance
-        self.names = names
-        self.free = list(range(SLOTS))
-        self.slots: dict[tuple[int, int], int] = {}
-        self.urgent: set[tuple[int, int]] = set()
-        self.stopped: set[tuple[int, int]] = set()
-        self.counts = {"whole": 0, "failed": 0, "given up": 0}
-
-    def act(self, check: Callable[[Transfer], None]) -> None:
-        action = self.chance.choice(("start", "start", "hurry", "give up", "collect", "wait"))
-        if action == "start":
-            key = self.chance.choice(self.names)
-            if self.free and key not in self.slots:
-                self.slots[key] = slot = self.free.pop(self.chance.randrange(len(self.free)))
-                self.transfers.records[slot] = 0
-                if self.chance.random() < 0.5:
-                    self.urgent.add(key)
-                    self.transfers.demand(key[0], [(key[1], slot)])
-                else:
-                    self.transfers.guess(*key, slot)
-        elif action in ("hurry", "give up") and self.slots:
-            key = self.chance.choice(list(self.slots))
-            if action == "hurry":
-                self.transfers.hurry(*key)
-                self.urgent.add(key)
-                self.stopped.discard(key)
-            elif self.transfers.give_up(*key):
-                assert key not in self.urgent
-                self.stopped.add(key)
-        elif action in ("collect", "wait"):
-            self.collect(check, action == "wait")
-
-    def collect(self, check: Callable[[Transfer], None], is_waiting: bool) -> None:
-        ended = self.transfers.ended(wait=is_waiting)
-        assert ended or not (is_waiting and self.slots)
-        for transfer in ended:
-            key = (transfer.layer, transfer.expert)
-            assert self.slots.pop(key) == transfer.slot, "lost, or ended twice"
-            assert not transfer.is_given_up or key in self.stopped
-            kind = "whole" if transfer.is_whole else "failed" if transfer.error else "given up"
-            self.counts[kind] += 1
-            check(transfer)
-            self.free.append(transfer.slot)
-            self.urgent.discard(key)
-            self.stopped.discard(key)
-
-    def run(self, num_steps: int, check: Callable[[Transfer], None]) -> None:
-        for _ in range(num_steps):
-            self.act(check)
-        while self.slots:
-            self.collect(check, is_waiting=True)
-        assert not self.transfers.is_busy
-        assert self.transfers.num_guesses == 0
-
-
-STEPS = pytest.mark.parametrize(
-    "num_steps", [3_000, pytest.param(100_000, marks=pytest.mark.slow)], ids=["ci", "long"]
-)
-
-
 @STEPS
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_any_run_of_calls_on_a_link(
@@ -301,7 +226,7 @@ def test_any_run_of_calls_on_a_link(
         assert transfer.error is None
 
     names = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
-    machine = Machine(transfers, random.Random(num_threads), names)
+    machine = Machine(transfers, transfers.records, random.Random(num_threads), names)
     machine.run(num_steps, check)
     assert machine.counts["whole"] > num_steps / 20
     assert machine.counts["given up"] > 0
@@ -332,7 +257,7 @@ def test_any_run_of_calls_on_a_file_with_damaged_records(
                 assert torch.equal(found, wanted)
 
         names = [(layer, expert) for layer in (0, 1) for expert in range(NUM_STORED[layer])]
-        machine = Machine(transfers, random.Random(num_threads), names)
+        machine = Machine(transfers, transfers.records, random.Random(num_threads), names)
         machine.run(num_steps, check)
         assert machine.counts["whole"] > num_steps / 20
         assert machine.counts["failed"] > num_steps / 200

@@ -11,24 +11,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_serve.comm.base import Inbox
 from moe_serve.errors import CapacityError, StoreError
 from moe_serve.experts.cache import ExpertCache
-from moe_serve.experts.offload import FixedSlots, GrowingSlots, HostTier, OffloadedExperts
+from moe_serve.experts.offload import HostTier, OffloadedExperts
 from moe_serve.experts.policies import lru
 from moe_serve.experts.policies.base import CacheShape
 from moe_serve.experts.records import ExpertArena
-from moe_serve.experts.split import MissCosts, MissPlanner
+from moe_serve.experts.slots import FixedSlots
+from moe_serve.experts.split import MissPlanner
 from moe_serve.experts.transfer import TransferQueue
 from moe_serve.kernels.forward.base import Stopped, Stops
 from moe_serve.kernels.moe.base import ExpertTable
-from moe_serve.types import ForwardBatch, Routing
+from moe_serve.types import Routing
 from tests.experts.arenas import random_experts
+from tests.experts.offload_steps import (
+    HIDDEN,
+    LAYERS,
+    NUM_EXPERTS,
+    SIZE,
+    TOP_K,
+    batch_of,
+    costs_of,
+    ids_of,
+    inbox_of,
+)
 from tests.kernels.implementations import EACH, IMPLEMENTATIONS, kernels
 from tests.kernels.row_independence import same_bits
-
-LAYERS = (1, 3)  # of the model's four
-NUM_EXPERTS, TOP_K, HIDDEN, SIZE = 8, 2, 32, 16
 
 
 class HostSource:
@@ -54,14 +62,6 @@ class HostSource:
 
     def close(self) -> None:
         self.is_closed = True
-
-
-def costs_of(in_place: bool) -> MissCosts:
-    """Return costs by which all that is missing runs in place, or is copied."""
-    return MissCosts(
-        copy_s=10.0 if in_place else 1e-9, host_s=1e-3, host_row_s=0.0, device_s=1e-6,
-        device_row_s=0.0, is_one_processor=True,
-    )  # fmt: skip
 
 
 class Harness:
@@ -139,26 +139,6 @@ class Harness:
             assert slots.max() < num_slots
         used = self.cache.slot_of_expert[self.cache.slot_of_expert >= 0].tolist()
         assert len(set(used)) == len(used)
-
-
-def inbox_of(hidden: Tensor, ids: Tensor) -> Inbox:
-    flat = ids.flatten()
-    order = torch.sort(flat, stable=True).indices
-    return Inbox(hidden, order // TOP_K, flat.bincount(minlength=NUM_EXPERTS))
-
-
-def batch_of(num_tokens: int) -> ForwardBatch:
-    rows = torch.arange(num_tokens)
-    return ForwardBatch(
-        token_ids=rows, positions=rows, sequence_ids=rows * 0, query_lens=(num_tokens,),
-        context_lens=(num_tokens,), prompt_lens=(num_tokens,), slot_mapping=(), block_tables=(),
-        block_size=16, sample_rows=rows[-1:],
-    )  # fmt: skip
-
-
-def ids_of(*experts: int) -> Tensor:
-    """Return routing of one token for each two experts."""
-    return torch.tensor(experts).view(-1, TOP_K)
 
 
 @pytest.fixture
@@ -359,18 +339,3 @@ def test_a_fused_pass_is_stopped_where_something_is_missing(make: Make) -> None:
         harness.run(1, ids_of(0, 1, 0, 1, 0, 2))
         assert harness.experts.ids[1].tolist() == [[0, 1], [0, 1], [0, 2]]
         harness.run(3, ids_of(0, 1, 0, 1, 0, 2))
-
-
-def test_growing_slots_are_taken_and_given_back() -> None:
-    slots = GrowingSlots(2, 5, 8192)
-    assert slots.records.shape == (5, 8192)
-    slots.records[:2] = 3
-    slots.resize(4)
-    assert not slots.records[2:4].any()
-    slots.resize(1)
-    slots.resize(5)
-    assert bool(slots.records[0].eq(3).all())
-    assert not slots.records[1:].any()
-    fixed = FixedSlots(torch.zeros(9, 4096, dtype=torch.uint8), 4)
-    fixed.resize(2)
-    assert fixed.records.shape == (9, 4096)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe_serve.errors import CapacityError
 from moe_serve.experts.records import RECORD_ALIGNMENT, ExpertArena, RecordHeader
 from moe_serve.kernels.moe.base import HEADER_BYTES
 from tests.experts.arenas import arena, random_experts
@@ -118,3 +119,18 @@ def test_the_reference_leaves_plain_weights_as_they_are() -> None:
     ).plain_weights(0)
     assert same_bits(plain_gate_up, gate_up)
     assert same_bits(plain_down, down)
+
+
+def test_a_device_has_room_for_another_placement_of_as_many_experts() -> None:
+    held = {1: (0, 2), 3: (1,)}
+    device = torch.device("meta")  # which has sizes only
+    arena = ExpertArena((1, 3), 4, 32, 16, torch.float32, 8000, held=held, device=device)
+    assert arena.slots.shape == (5, 8192)
+    table = arena.table(1)
+    assert {table.records.device, table.slot_of_expert.device, table.uses.device} == {device}
+    for expert in (1, 3):
+        assert arena.add(1, expert).shape == (8192,)
+    with pytest.raises(CapacityError, match="room for 5 experts on meta, and one more is to come"):
+        arena.add(3, 0)
+    arena.drop(1, 0)
+    arena.add(3, 0)

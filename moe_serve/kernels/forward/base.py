@@ -71,12 +71,27 @@ class Stops(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Pairs:
+    """What a device's experts are given: who serves may have some of them run elsewhere.
+
+    rows: [num_rows, hidden_size]; row_of_pair: int64 [num_pairs], pairs sorted by expert; out:
+    [num_pairs, hidden_size], for the results.
+    """
+
+    rows: Tensor
+    row_of_pair: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stopped:
     """What a forward pass shows at a layer's experts. Arrays are valid until it goes on.
 
     expert_ids: int64 [num_tokens, top_k]; weights: float32, alike; counts: int64 [num_experts], how
     many pairs each expert has; residual: [num_tokens, hidden_size], what entered the norm before
-    the router, in the model's dtype.
+    the router, in the model's dtype. pairs: where some experts may be run elsewhere; then no `Run`
+    names those, and their results are in `pairs.out` for what the kernels' stream does after the
+    last one, which may name none.
     """
 
     layer: int
@@ -84,6 +99,7 @@ class Stopped:
     weights: np.ndarray[Any, Any]
     counts: np.ndarray[Any, Any]
     residual: Tensor
+    pairs: Pairs | None = None
 
 
 class Arrivals(Protocol):
@@ -142,7 +158,7 @@ class Watcher(Protocol):
     def weights(self) -> Tensor | None: ...
 
     def serve(self, stopped: Stopped, can_wait: bool = True) -> Iterator[Run]:
-        """Yield what to run: together all experts that have pairs, each once.
+        """Yield what to run: together all experts that have pairs, each once (but see `Stopped`).
 
         The last one says so; it is asked for more all the same, when the pass has gone on.
         can_wait: whether there may be `arrivals`. What it raises ends the forward pass.

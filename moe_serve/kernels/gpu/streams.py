@@ -63,6 +63,13 @@ class Streams(Protocol):
         """
         ...
 
+    def pin(self, memory: Tensor) -> Tensor:
+        """Return `memory`, uint8 of the host, where it is, but pinned for as long as this lives.
+
+        Raises CapacityError.
+        """
+        ...
+
     def stream(self, *, is_urgent: bool = False) -> Stream:
         """Return a new stream; the kernels of an urgent one come first, copies as they were asked.
 
@@ -117,6 +124,9 @@ class HostStreams:
     def pinned(self, num_bytes: int) -> Tensor:
         return allocate(num_bytes)
 
+    def pin(self, memory: Tensor) -> Tensor:
+        return memory
+
     def stream(self, *, is_urgent: bool = False) -> Stream:
         return HostStream()
 
@@ -166,7 +176,16 @@ class CudaStreams:
 
     def pinned(self, num_bytes: int) -> Tensor:
         # not by torch, which rounds up to a power of two: twice of what is there
-        return _registered(allocate(num_bytes))
+        return self.pin(allocate(num_bytes))
+
+    def pin(self, memory: Tensor) -> Tensor:
+        num_bytes = memory.numel()
+        if not num_bytes:
+            return memory
+        assert memory.is_contiguous()
+        view = (ctypes.c_uint8 * num_bytes).from_address(memory.data_ptr())
+        setattr(view, "owner", _Registration(memory))  # noqa: B010 - mypy knows no such attribute
+        return torch.frombuffer(view, dtype=torch.uint8).view(memory.shape)
 
     def stream(self, *, is_urgent: bool = False) -> Stream:
         priority = _URGENT if is_urgent else _USUAL
@@ -197,13 +216,3 @@ class _Registration:
     def __del__(self) -> None:
         if self._unregister is not None:
             self._unregister(self._memory.data_ptr())
-
-
-def _registered(memory: Tensor) -> Tensor:
-    """Return the same memory, pinned for as long as a tensor of it lives."""
-    num_bytes = memory.numel()
-    if not num_bytes:
-        return memory
-    view = (ctypes.c_uint8 * num_bytes).from_address(memory.data_ptr())
-    setattr(view, "owner", _Registration(memory))  # noqa: B010 - mypy knows no such attribute
-    return torch.frombuffer(view, dtype=torch.uint8)

@@ -28,7 +28,7 @@ class LateEvent:
         self.has_happened = False
 
     def is_done(self) -> bool:
-        self._streams.stir(self._streams.chance.randrange(_MOST_AT_A_LOOK + 1))
+        self._streams.be_looked_at()
         return self.has_happened
 
     def wait(self) -> None:
@@ -96,7 +96,9 @@ class LateStreams:
     copies: (stream, bytes) in the order of asking; num_waits: how often the host has waited.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, is_still: bool = False) -> None:
+        """is_still: nothing happens by chance, only what is waited for."""
+        self._is_still = is_still
         self.device = torch.device("cpu")
         self.chance = random.Random(seed)
         self.copies: list[tuple[str, int]] = []
@@ -107,12 +109,19 @@ class LateStreams:
     def pinned(self, num_bytes: int) -> Tensor:
         return allocate(num_bytes)
 
+    def pin(self, memory: Tensor) -> Tensor:
+        return memory
+
     def stream(self, *, is_urgent: bool = False) -> Stream:
         self._all.append(LateStream(self, "urgent" if is_urgent else "usual"))
         return self._all[-1]
 
     def current(self) -> Stream:
         return self.kernels
+
+    def be_looked_at(self) -> None:
+        if not self._is_still:
+            self.stir(self.chance.randrange(_MOST_AT_A_LOOK + 1))
 
     def stir(self, most: int = _MOST_AT_A_LOOK) -> None:
         """Do up to `most` of the things that may happen now, of streams drawn by chance."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 
 import pytest
 import torch
 
-from moe_serve.kernels.gpu.streams import HostStreams, Streams, streams
+from moe_serve.errors import CapacityError
+from moe_serve.kernels.gpu import streams as gpu_streams
+from moe_serve.kernels.gpu.streams import CudaStreams, HostStreams, Streams, streams
 from tests.kernels.gpu.late_streams import LateStreams
 
 SIZE = 3 * 4096
@@ -32,6 +35,7 @@ def test_copies_are_there_once_their_event_is_done(kind: str) -> None:
     into = torch.zeros(SIZE, dtype=torch.uint8, device=given.device)
     back = given.pinned(SIZE)
     up, down = given.stream(), given.stream(is_urgent=True)
+    up.after(given.current().record())  # `into` is zeros by then
     up.copy(into, source)
     down.after(up.record())
     down.copy(back, into)
@@ -68,6 +72,60 @@ def test_memory_is_pinned_by_cuda_and_given_back() -> None:
         memory.fill_(1)
         del memory
         gc.collect()
+
+
+class FakeDriver:
+    """Stands for CUDA's functions that pin memory. calls: what was asked, and of which address."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.calls: list[tuple[str, int]] = []
+
+    def cudart(self) -> FakeDriver:
+        return self
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        assert num_bytes > 0
+        self.calls.append(("pin", address))
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> None:
+        assert ctypes.c_uint8.from_address(address).value == 7, "it was given back already"
+        self.calls.append(("unpin", address))
+
+
+def test_memory_stays_pinned_for_as_long_as_a_part_of_it_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = FakeDriver()
+    monkeypatch.setattr(gpu_streams, "_cuda", driver)
+    given = CudaStreams(torch.device("cuda"))
+    memory = given.pinned(3 * SIZE).fill_(7)
+    address = memory.data_ptr()
+    part = memory.view(3, SIZE)[1]
+    del memory
+    gc.collect()
+    assert driver.calls == [("pin", address)]
+    assert bool(part.eq(7).all())
+    del part
+    gc.collect()
+    assert driver.calls == [("pin", address), ("unpin", address)]
+    assert given.pinned(0).shape == (0,)
+    whole = torch.full((4, 4096), 7, dtype=torch.uint8)
+    same = given.pin(whole)
+    assert (same.shape, same.data_ptr()) == (whole.shape, whole.data_ptr())
+    del same
+    gc.collect()
+    assert driver.calls[2:] == [("pin", whole.data_ptr()), ("unpin", whole.data_ptr())]
+
+
+def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver(error=2)
+    monkeypatch.setattr(gpu_streams, "_cuda", driver)
+    with pytest.raises(CapacityError, match="4096 bytes of host memory cannot be pinned"):
+        CudaStreams(torch.device("cuda")).pinned(4096)
+    gc.collect()
+    assert [name for name, _ in driver.calls] == ["pin"]
 
 
 def test_a_cpu_has_streams_that_do_everything_at_once() -> None:
