@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.forward.base import Stopped, Stops, Watcher
+from moe_serve.kernels.forward.base import Pairs, Stopped, Stops, Watcher
 from moe_serve.kernels.gpu.buckets import Bucket, Part, Stage
 from moe_serve.kernels.gpu.pieces import Pieces, Routed, StepInputs
 from moe_serve.kernels.gpu.slot_tables import SlotTables
@@ -48,6 +48,10 @@ class Steps(Protocol):
 
     def residual(self, number: int) -> Tensor:
         """Return what entered the norm before the router, [num_tokens, hidden_size]."""
+        ...
+
+    def pairs(self, number: int) -> Pairs:
+        """Return what experts that run elsewhere take, and where `rest` finds what they give."""
         ...
 
     def some(self, number: int, only: Tensor | None) -> None:
@@ -111,14 +115,18 @@ class Eager:
     def residual(self, number: int) -> Tensor:
         return self.routed.residual
 
-    def some(self, number: int, only: Tensor | None) -> None:
+    def pairs(self, number: int) -> Pairs:
         routed = self.routed
         if self._outbox is None:
             shape = routed.row_of_pair.shape[0], routed.hidden.shape[1]
             self._outbox = routed.hidden.new_empty(shape)
+        return Pairs(rows=routed.hidden, row_of_pair=routed.row_of_pair, out=self._outbox)
+
+    def some(self, number: int, only: Tensor | None) -> None:
+        out = self.pairs(number).out
         if only is not None:
             (only,) = self._outgoing.tensors([only])
-        self._pieces.experts(number, routed, self._tables.tables[number], only, self._outbox)
+        self._pieces.experts(number, self.routed, self._tables.tables[number], only, out)
 
     def rest(self, number: int) -> None:
         assert self._outbox is not None
@@ -181,6 +189,15 @@ class Graphed:
 
     def residual(self, number: int) -> Tensor:
         return self._stage.routed(self._rows, number).residual[: self._count]
+
+    def pairs(self, number: int) -> Pairs:
+        routed = self._stage.routed(self._rows, number)
+        num_pairs = self._count * routed.ids.shape[1]
+        return Pairs(
+            rows=routed.hidden[: self._count],
+            row_of_pair=routed.row_of_pair[:num_pairs],
+            out=self._stage.outbox(self._rows, number)[:num_pairs],
+        )
 
     def some(self, number: int, only: Tensor | None) -> None:
         if only is not None:
@@ -270,6 +287,7 @@ class Walk:
             weights=look.weights,
             counts=look.counts,
             residual=self._steps.residual(number),
+            pairs=self._steps.pairs(number),
         )
         has_ended = False
         start_s = time.perf_counter()

@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moe_serve.experts.cache import ExpertCache
+from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.experts.policies import lru
 from moe_serve.experts.policies.base import CacheShape
 from moe_serve.experts.slots import FixedSlots
+from moe_serve.experts.split import MissCosts, MissPlanner
 from moe_serve.experts.transfer import TransferQueue
 from moe_serve.kernels.forward.gpu import Forward
+from moe_serve.kernels.gpu.streams import HostStreams
 from moe_serve.kernels.moe.base import ExpertTable
 from moe_serve.kernels.suite import Kernels
 from moe_serve.layers.attention import LayerCache
@@ -76,7 +79,15 @@ class RecordsInMemory:
 class Offloaded:
     """A decoder whose experts come to `slots` slots of each layer; close it."""
 
-    def __init__(self, spec: ModelSpec, kernels: Kernels, dtype: torch.dtype, slots: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        slots: int,
+        has_host: bool = False,
+    ) -> None:
+        """has_host: whether what is missing runs on the host, but not all of it."""
         layers = [index for index, layer in enumerate(spec.layers) if layer.moe is not None]
         moe = spec.layers[layers[0]].moe
         assert moe is not None
@@ -102,9 +113,19 @@ class Offloaded:
             )
             for index, layer in enumerate(layers)
         }  # fmt: skip
+        host = None
+        if has_host:
+            costs = MissCosts(
+                copy_s=1.0, host_s=0.7, host_row_s=0.0, device_s=1e-6, device_row_s=0.0,
+                is_one_processor=False,
+            )  # fmt: skip
+            all_there = {index: arena.table(layer) for index, layer in enumerate(layers)}
+            host = HostExperts(
+                all_there, MissPlanner("split", costs), HostStreams(torch.device("cpu"))
+            )
         self.experts = OffloadedExperts(
             kernels.moe, tables, self.cache, TransferQueue(self.source, arena.slots, 1),
-            FixedSlots(arena.slots, total),
+            FixedSlots(arena.slots, total), host,
         )  # fmt: skip
         self.decoder = Decoder(spec, loaded, self.experts, kernels, tiny.CONTEXT)
 

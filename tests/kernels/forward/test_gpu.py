@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_serve.errors import StoreError
+from moe_serve.experts import host_experts
 from moe_serve.kernels.forward import gpu as forward_gpu
 from moe_serve.kernels.forward.base import Run, Stopped, Stops
 from moe_serve.kernels.forward.gpu import Forward
@@ -130,11 +131,12 @@ class Pair:
         graphs: TapedGraphs | None = None,
         streams: CountedStreams | LateStreams | None = None,
         kernels: Kernels = KERNELS,
+        has_host: bool = False,
     ) -> None:
         """slots: of a cache, for each layer; None: no cache."""
         spec = spec_of(model_type, changes)
         self.plain = decoder_of(spec, KERNELS, dtype)
-        self.offloaded = None if slots is None else Offloaded(spec, KERNELS, dtype, slots)
+        self.offloaded = None if slots is None else Offloaded(spec, KERNELS, dtype, slots, has_host)
         self.decoder: Decoder = (
             decoder_of(spec, KERNELS, dtype) if self.offloaded is None else self.offloaded.decoder
         )
@@ -257,6 +259,18 @@ def test_any_way_to_look_gives_the_same(
             counts = torch.bincount(one.ids.flatten(), minlength=experts.num_experts)
             assert one.counts == counts.tolist()
     pair.check_all()
+
+
+def test_experts_that_run_on_the_host_leave_their_rows_to_the_pass(
+    pairs: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_experts, "reference", KERNELS)  # of the same bits
+    pair = pairs("qwen2_moe", 4, has_host=True)
+    for _ in range(NUM_STEPS):
+        pair.check(pair.steps.random(MOST_SEQS))
+    pair.check_all()
+    total = pair.experts.report()["total"]
+    assert 0 < total["computed_on_cpu"] < total["misses"]
 
 
 def test_what_a_stop_shows_is_what_layers_see_one_by_one(pairs: Make) -> None:
