@@ -97,6 +97,8 @@ def implementations(kernels: Kernels) -> dict[str, str]:
         if not module.startswith("moe_serve.kernels."):
             continue  # a name or a number
         _, operation, file = module.rsplit(".", 2)
+        if operation == "gpu":
+            continue  # a plan of what is to be done
         found.setdefault(operation, set()).add(f"{file} ({kernels.isa})" if file == "cpu" else file)
     return {operation: ", ".join(sorted(files)) for operation, files in found.items()}
 

@@ -69,7 +69,7 @@ SAMPLING_FLAGS: tuple[tuple[str, Any, str], ...] = (
 )
 _OPEN: list[LLM] = []  # what `load` made and the verb has not closed
 # the engine's options that say what computes
-RUNTIME_FLAGS = ("kernels", "isa", "threads", "config")
+RUNTIME_FLAGS = ("kernels", "isa", "numerics", "threads", "config")
 
 # of click, or of the copy inside typer
 UsageFault: type[Exception] = next(

@@ -39,8 +39,8 @@ ENGINE_FLAGS = {
     "--record-trace", "--enable-return-routed-experts", "--no-enable-return-routed-experts",
     "--emulate-link", "--ep", "--placement", "--dispatcher",
     "--combine", "--replicas", "--home", "--rebalance", "--rebalance-strategy", "--rebalance-slots",
-    "--kernels", "--isa", "--fused", "--no-fused", "--threads", "--seed", "--config", "--debug",
-    "--help",
+    "--kernels", "--isa", "--numerics", "--gpu-memory-utilization", "--fused", "--no-fused",
+    "--threads", "--seed", "--config", "--debug", "--help",
 }  # fmt: skip
 SAMPLING_FLAGS = {
     "--max-tokens", "--min-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--n",
@@ -64,7 +64,9 @@ FLAGS = {
         "--ignore-eos", "--temperature", "--extra-body", "--goodput", "--save-requests", "--json",
         "--debug", "--help",
     },
-    "doctor": {"--json", "--kernels", "--isa", "--threads", "--config", "--debug", "--help"},
+    "doctor": {
+        "--json", "--kernels", "--isa", "--numerics", "--threads", "--config", "--debug", "--help",
+    },
     "plan": {
         "--machine",
         "--ranks",
@@ -77,6 +79,7 @@ FLAGS = {
         "--json",
         "--kernels",
         "--isa",
+        "--numerics",
         "--threads",
         "--config",
         "--debug",

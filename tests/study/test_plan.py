@@ -14,7 +14,7 @@ import torch
 
 from moe_serve import cli
 from moe_serve.config import EngineConfig
-from moe_serve.engine import build
+from moe_serve.engine import build, device_memory
 from moe_serve.engine.memory import GIB, num_kv_blocks
 from moe_serve.engine.residency import plan_residency
 from moe_serve.errors import ConfigError
@@ -205,7 +205,7 @@ def test_an_engine_that_is_started_holds_what_was_planned(
 ) -> None:
     one = subject(tmp_path)
     row = row_of(make_plan(one, [1]).rows, "one", 1)
-    monkeypatch.setattr(build, "available_bytes", lambda: one.machine.memory_bytes)
+    monkeypatch.setattr(device_memory, "available_bytes", lambda: one.machine.memory_bytes)
     options = {"load_format": "dummy", "max_num_seqs": 4, "max_model_len": 48}
     engine = build.build_engine(EngineConfig.from_options(options), tmp_path)
     stats = engine.stats()
