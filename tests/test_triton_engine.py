@@ -100,6 +100,22 @@ def test_a_batch_gives_what_each_request_gives_alone(
         engine.close()
 
 
+@pytest.mark.parametrize("slots", [None, 3], ids=["resident", "cache"])
+def test_warming_up_leaves_no_trace(slots: int | None, model: Path, alone: Told) -> None:
+    engine = _engine(model, expert_cache_slots=slots)
+    caches = [part.clone() for c in engine.runner._caches for part in (c.key, c.value)]
+    before = engine.stats()
+    engine.runner.warm_up(6)
+    assert engine.stats() == before
+    for old, new in zip(
+        caches, [part for c in engine.runner._caches for part in (c.key, c.value)], strict=True
+    ):
+        assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
+    request = _requests()[1]
+    assert _run(engine, [request]) == {request.request_id: alone[request.request_id]}
+    engine.close()
+
+
 def test_splitting_misses_is_said_to_be_another_mode(
     model: Path, alone: Told, caplog: pytest.LogCaptureFixture
 ) -> None:

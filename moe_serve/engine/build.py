@@ -86,6 +86,9 @@ def build_engine(
         room.kv_share,
     )
     numerics_id = f"{kernels.numerics_id}-{str(dtype).removeprefix('torch.')}"
+    is_cached = residency.shape is not None
+    if kernels.name == "triton" and is_cached and config.experts.miss == "split":
+        numerics_id += "-split"  # the host rounds otherwise
     if rank is not None:
         numerics_id += rank.numerics_suffix
         rank.agree(numerics_id, residency)
@@ -152,6 +155,8 @@ def _engine(
     runner_type = ModelRunner if rank is None else LockstepRunner
     may_return_routing = config.experts.enable_return_routed_experts
     runner = runner_type(model, kv, num_blocks, sampler, config.runtime.fused, may_return_routing)
+    if kernels.device.type == "cuda" and rank is None:
+        runner.warm_up(config.scheduler.max_num_batched_tokens)
     build = Engine if rank is None else functools.partial(LockstepEngine, rank)
     return build(
         config,

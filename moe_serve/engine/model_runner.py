@@ -17,6 +17,8 @@ from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.sampler import Sampler
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
 from moe_serve.engine.step_parts import halves, joined
+from moe_serve.engine.warm_up import nobodys_prompts, nobodys_sequences, sizes_up_to
+from moe_serve.kernels.forward.gpu import Forward as GraphedForward
 from moe_serve.models.decoder import Decoder
 from moe_serve.types import ForwardBatch, TokenLogprobs
 
@@ -54,6 +56,35 @@ class ModelRunner:
         self._fused = model.fused(self._caches) if is_fused else None
         self._may_return_routing = may_return_routing
         self._moe_layers = torch.tensor(sorted(model.experts.layers), dtype=torch.int64)
+
+    @torch.inference_mode()
+    def warm_up(self, max_num_tokens: int) -> None:
+        """Have kernels compiled and graphs captured for steps of up to so many tokens.
+
+        On tokens that belong to nobody: keys go nowhere, and uses are what they were.
+        """
+        tables = self.model.experts.layers.values()
+        uses = [table.uses.clone() for table in tables]
+        groups, max_num_seqs = self.model.groups, self._kv.max_num_seqs
+        forward = self._fused or (
+            lambda batch: self.model.forward(batch.on(self._device), self._caches)
+        )
+        for num_tokens in sizes_up_to(max_num_tokens):
+            context = min(num_tokens, self.model.max_model_len)
+            hidden = forward(nobodys_prompts(num_tokens, context, self._block_size, len(groups)))
+        if self._fused is not None and isinstance(self._fused.run, GraphedForward):
+            self._fused.run.warm_up(
+                [(num_seqs, 1) for num_seqs in sizes_up_to(min(max_num_seqs, max_num_tokens))],
+                self._block_size,
+                [group.window for group in groups],
+                self.model.experts.resident() != [],
+            )
+        for num_rows in sizes_up_to(min(max_num_seqs, max_num_tokens)):
+            # finite, whatever tokens of nobody give
+            logits = self.model.logits(torch.zeros_like(hidden[:1]).repeat(num_rows, 1))
+            self._sampler.sample(logits, nobodys_sequences(num_rows))
+        for table, before in zip(tables, uses, strict=True):
+            table.uses.copy_(before)
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> SamplerOutput:

@@ -7,6 +7,7 @@ decoder knows nothing of requests: it sees a `ForwardBatch` and the caches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from moe_serve.comm import local
 from moe_serve.comm.base import Dispatcher
 from moe_serve.errors import CapacityError
 from moe_serve.experts.executor import Experts
-from moe_serve.kernels.forward.base import LayerPart, ModelPart, Watcher
+from moe_serve.kernels.forward.base import Forward, LayerPart, ModelPart, Watcher
 from moe_serve.kernels.rope.base import Heads
 from moe_serve.kernels.suite import Kernels
 from moe_serve.layers.attention import Attention, AttentionInput, LayerCache
@@ -28,6 +29,19 @@ from moe_serve.layers.router import Router
 from moe_serve.models.expert_weights import ExpertWeights
 from moe_serve.models.spec import LayerSpec, ModelSpec
 from moe_serve.types import CacheGroup, ForwardBatch
+
+
+@dataclass(frozen=True, slots=True)
+class FusedPass:
+    """`Decoder.forward` on its caches as one call. run: the kernels' own."""
+
+    run: Forward
+    plans: Callable[[ForwardBatch], list[Any]]
+
+    def __call__(self, batch: ForwardBatch, watcher: Watcher | None = None) -> Tensor:
+        """Run one step; watcher: whom to ask at the experts, if anyone."""
+        slots = batch.slot_mapping
+        return self.run(batch.token_ids, batch.positions, slots, self.plans(batch), watcher)
 
 
 class DecoderLayer:
@@ -251,11 +265,10 @@ class Decoder:
             return self._head.rows(token_ids)
         return self.embedding[token_ids]
 
-    def fused(self, caches: list[LayerCache]) -> Callable[..., Tensor] | None:
+    def fused(self, caches: list[LayerCache]) -> FusedPass | None:
         """Return `forward` on these caches as one call of the kernels, where they have that.
 
-        It takes whom to ask at the experts, if anyone, besides the batch. None, too, where a pass
-        must stop for other ranks.
+        None, too, where a pass must stop for other ranks.
         """
         if self.kernels.build_forward is None or self.dispatcher is not None:
             return None
@@ -270,12 +283,7 @@ class Decoder:
                 norm_eps=self.spec.norm_eps,
             )
         )
-
-        def fused(batch: ForwardBatch, watcher: Watcher | None = None) -> Tensor:
-            slots = batch.slot_mapping
-            return run(batch.token_ids, batch.positions, slots, self.plans(batch), watcher)
-
-        return fused
+        return FusedPass(run, self.plans)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 [num_rows, vocab_size] for rows of `forward`'s result.
