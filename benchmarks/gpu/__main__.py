@@ -44,6 +44,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scratch", type=Path, help="folder for packed experts; default: temporary"
     )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="of a part, what has it in its name"
+    )
     parser.add_argument("--save", action="store_true", help="keep the figures")
     parser.add_argument("--folder", type=Path, help="where; default: benchmarks/results")
     parser.add_argument("--outcome", type=Path, help=argparse.SUPPRESS)  # of one part, as JSON
@@ -83,7 +86,9 @@ def _measure(part: str, arguments: argparse.Namespace, outcome: Outcome, latest_
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.scratch or Path(scratch)
-        setting = find_setting(arguments.dry, tuple(arguments.trace), folder)
+        setting = find_setting(
+            arguments.dry, tuple(arguments.trace), folder, arguments.seconds, arguments.only
+        )
         figures = importlib.import_module(PARTS[part]).run(setting)
         try:
             for found in figures:
@@ -120,6 +125,8 @@ def options_of(arguments: argparse.Namespace) -> list[str]:
     options = ["--seconds", str(arguments.seconds)]
     for trace in arguments.trace:
         options += ["--trace", str(trace)]
+    if arguments.only:
+        options += ["--only", arguments.only]
     if arguments.scratch is not None:
         options += ["--scratch", str(arguments.scratch)]
     return options

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.clock import Work
+from benchmarks.gpu.clock import Work, always
 from benchmarks.peers.shape import Shape
 from moe_serve.kernels.moe.base import HEADER_BYTES, ExpertTable, plain_weights
 from moe_serve.kernels.rope.base import Heads
@@ -71,8 +71,12 @@ class Bench:
         return chance.topk(self.shape.top_k, dim=-1).indices
 
 
-def linear(bench: Bench, row_counts: tuple[int, ...]) -> Iterator[Case]:
-    """Yield the linear layers of the model."""
+def linear(
+    bench: Bench,
+    row_counts: tuple[int, ...],
+    names: tuple[str, ...] = ("qkv", "output", "head", "router"),
+) -> Iterator[Case]:
+    """Yield linear layers of the model."""
     shape = bench.shape
     heads = shape.num_heads + 2 * shape.num_kv_heads
     sizes = {
@@ -81,7 +85,8 @@ def linear(bench: Bench, row_counts: tuple[int, ...]) -> Iterator[Case]:
         "head": (shape.vocab_size, shape.hidden_size),
         "router": (shape.num_experts, shape.hidden_size),
     }
-    for name, (size_out, size_in) in sizes.items():
+    for name in names:
+        size_out, size_in = sizes[name]
         dtype = torch.float32 if name == "router" else DTYPE
         weight = (torch.randn(size_out, size_in, device=bench.device) * size_in**-0.5).to(dtype)
         packed = bench.kernels.pack(weight)
@@ -92,10 +97,10 @@ def linear(bench: Bench, row_counts: tuple[int, ...]) -> Iterator[Case]:
                 kernel="linear",
                 name=f"{name} {size_out}x{size_in}",
                 num_rows=num_rows,
-                work=lambda _, rows=rows, packed=packed: bench.kernels.linear(rows, packed),
+                work=always(bench.kernels.linear, rows, packed),
                 num_bytes=weight.nbytes + rows.nbytes + result_bytes,
                 flop=2.0 * num_rows * weight.numel(),
-                torch=lambda _, rows=rows, weight=weight: F.linear(rows.to(weight.dtype), weight),
+                torch=always(F.linear, rows.to(dtype), weight),
             )
 
 
@@ -136,7 +141,7 @@ def moe(bench: Bench, row_counts: tuple[int, ...]) -> Iterator[Case]:
             kernel="moe",
             name=f"experts, {touched} of {shape.num_experts} touched",
             num_rows=num_tokens,
-            work=lambda _, given=(hidden, row_of_pair, counts): kernels.moe(*given, table),
+            work=always(kernels.moe, hidden, row_of_pair, counts, table),
             num_bytes=touched * shape.expert_elements * DTYPE.itemsize
             + hidden.nbytes + inner_bytes + row_bytes,
             flop=2.0 * num_pairs * shape.expert_elements,
@@ -166,7 +171,7 @@ def attention(bench: Bench, batches: tuple[tuple[int, int, int], ...]) -> Iterat
             kernel="attention",
             name=f"{num_seqs} x {num_new} new of context {context}",
             num_rows=num_seqs * num_new,
-            work=lambda _, given=(query, *caches, plan): kernels.paged_attention(*given, scale),
+            work=always(kernels.paged_attention, query, *caches, plan, scale),
             num_bytes=(kv_elements + 2 * query.numel()) * DTYPE.itemsize,
             flop=4.0 * shape.num_heads * shape.head_dim * pairs,
         )
@@ -193,8 +198,8 @@ def sampling(bench: Bench, row_counts: tuple[int, ...]) -> Iterator[Case]:
             0.95 * ones.double(), keys, hashes,
         )  # fmt: skip
         for name, work in (
-            ("greedy", lambda _, logits=logits: kernels.greedy_checked(logits)),
-            ("top-k 50, top-p 0.95", lambda _, given=given: kernels.sample(*given)),
+            ("greedy", always(kernels.greedy_checked, logits)),
+            ("top-k 50, top-p 0.95", always(kernels.sample, *given)),
         ):
             yield Case(
                 kernel="sampling", name=f"{name}, {size}", num_rows=num_rows,

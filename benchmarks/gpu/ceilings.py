@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import links
-from benchmarks.gpu.clock import Work, host_samples
+from benchmarks.gpu.clock import Work, always, host_samples
 from benchmarks.gpu.figures import Figure, plain
 from benchmarks.gpu.limits import Limits
 from benchmarks.gpu.setting import Setting
@@ -63,9 +63,7 @@ def _graphs(setting: Setting) -> Iterator[Figure]:
     for name, work in _works(setting).items():
         for num_nodes in (1, most):
             replay = _captured(setting, work, num_nodes)
-            asked, done = host_samples(
-                lambda _, r=replay: r(), setting.repeats, 1, setting.clock.wait
-            )
+            asked, done = host_samples(always(replay), setting.repeats, 1, setting.clock.wait)
             told = f"graph of {num_nodes} x {name}"
             yield plain(f"{told}: host time of a replay", [1e6 * one for one in asked], "us")
             per_node = [1e6 * one / num_nodes for one in done]

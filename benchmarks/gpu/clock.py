@@ -23,6 +23,11 @@ _LEAST_CYCLES, _MOST_CYCLES = 100_000, 20_000_000
 _FLUSH_TIMES = 8  # so many times the cache
 
 
+def always(call: Callable[..., object], *given: object) -> Work:
+    """Return work that is the same call in every turn."""
+    return lambda _: call(*given)
+
+
 class Clock(Protocol):
     """Times work on one device."""
 

@@ -84,19 +84,26 @@ class Outcome:
         )
 
 
+def is_quiet(figure: Figure) -> bool:
+    """Tell whether a figure is a test that passed: they are counted, not listed."""
+    return figure.row.unit == "passed" and figure.is_met
+
+
 def summary(outcomes: Sequence[Outcome]) -> str:
     """Return every figure that has a goal, and every part that failed, as a table."""
     lines = ["", f"{'part':<10} {'verdict':<7} {'ratio':>8} {'goal':>7}  figure"]
     for outcome in outcomes:
         for figure in outcome.figures:
-            if figure.goal is None:
+            if figure.goal is None or is_quiet(figure):
                 continue
             ratio = "-" if figure.row.ratio is None else f"{figure.row.ratio:.3f}"
             goal = f"{'<=' if figure.is_most else '>='}{figure.goal:g}"
             verdict = figure.verdict(outcome.is_dry)
             lines.append(f"{outcome.part:<10} {verdict:<7} {ratio:>8} {goal:>7}  {figure.row.name}")
         lines += [f"{outcome.part:<10} FAILED  {error}" for error in outcome.errors]
+        num_passed = sum(map(is_quiet, outcome.figures))
         told = f"{len(outcome.figures)} figures in {outcome.seconds:.0f} s"
+        told += f", {num_passed} tests passed" if num_passed else ""
         lines.append(f"{outcome.part:<10} {told}")
     judged = [
         figure for outcome in outcomes for figure in outcome.figures if figure.goal is not None

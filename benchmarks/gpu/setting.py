@@ -26,7 +26,8 @@ class Setting:
     """What all parts are handed.
 
     kernels: "triton", or, in a dry run without Triton, "reference". traces: recorded routing, .npz
-    files. scratch: a folder for what is large and goes away, such as packed experts.
+    files. scratch: a folder for what is large and goes away, such as packed experts. seconds: that
+    a part may take; only: of what it measures, that whose name has this.
     """
 
     device: torch.device
@@ -34,6 +35,8 @@ class Setting:
     is_dry: bool
     traces: tuple[Path, ...]
     scratch: Path
+    seconds: float
+    only: str = ""
 
     @cached_property
     def clock(self) -> Clock:
@@ -52,6 +55,10 @@ class Setting:
         """Return one of two sizes: that of a measurement, or that of a dry run."""
         return dry if self.is_dry else real
 
+    def wants(self, name: str) -> bool:
+        """Tell whether something is to be measured."""
+        return self.only in name
+
 
 def installed(name: str) -> bool:
     """Tell whether a package can be imported here."""
@@ -61,7 +68,9 @@ def installed(name: str) -> bool:
         return False
 
 
-def find_setting(is_dry: bool, traces: tuple[Path, ...], scratch: Path) -> Setting:
+def find_setting(
+    is_dry: bool, traces: tuple[Path, ...], scratch: Path, seconds: float, only: str
+) -> Setting:
     """Return the setting of this machine. Raises RuntimeError where nothing can be measured."""
     has_triton = installed("triton")
     if is_dry:
@@ -73,7 +82,15 @@ def find_setting(is_dry: bool, traces: tuple[Path, ...], scratch: Path) -> Setti
         if not has_triton:
             raise RuntimeError("Triton is not installed; figures of a GPU need it")
         kernels, device = "triton", torch.device("cuda")
-    return Setting(device=device, kernels=kernels, is_dry=is_dry, traces=traces, scratch=scratch)
+    return Setting(
+        device=device,
+        kernels=kernels,
+        is_dry=is_dry,
+        traces=traces,
+        scratch=scratch,
+        seconds=seconds,
+        only=only,
+    )
 
 
 def describe(device: torch.device) -> dict[str, Any]:
