@@ -43,7 +43,7 @@ bench: install
 # Needs nothing installed but what docs/gpu.md names: PYTHON runs it from the tree. PARTS: all, or
 # some; DRY=1 walks them on a CPU; ARGS go to it.
 bench-gpu:
-	DRY=$(DRY) PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(PARTS) $(ARGS)
+	DRY=$(DRY) PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu $(PARTS) $(ARGS)
 
 build: install
 	$(BIN)/python -m build

@@ -30,18 +30,20 @@ _DRY_LINK_GB_S = 4.0
 
 @contextmanager
 def running(setting: Setting, shape: Shape, **options: Any) -> Iterator[Engine]:
-    """Build an engine, and let go of all its memory at the end."""
+    """Build an engine, and close it at the end; its memory goes with the last who names it."""
     engine = built(setting, shape, **options)
     try:
         yield engine
     finally:
         engine.close()
-        del engine
-        release()
 
 
 def built(setting: Setting, shape: Shape, **options: Any) -> Engine:
-    """Return an engine of dummy weights; options: of `EngineConfig`."""
+    """Return an engine of dummy weights; options: of `EngineConfig`.
+
+    What an engine before it had is given back first: two may not find room.
+    """
+    release()
     given = {
         "load_format": "dummy",
         "kernels": setting.kernels,

@@ -204,7 +204,8 @@ def samples_of(
     case: HostCase | None,
 ) -> tuple[list[Sample], int]:
     """Run one engine; return what its steps cost, and the bytes of an expert's record."""
-    more = {"kernels": setting.kernels, "numerics": "fast", "max_model_len": None}
+    release()
+    more = {"kernels": setting.kernels, "numerics": "fast"}
     folder = write_model(shape, setting.scratch)
     with closing(Subject(trace, folder, batch, case, setting.scratch, more)) as subject:
         if case is not None and case.is_on_host:
@@ -212,8 +213,6 @@ def samples_of(
         subject.run(sizes.warm)
         samples = [subject.run(sizes.steps) for _ in range(sizes.rounds)]
         record_bytes = 0 if case is None else subject.record_bytes
-    del subject
-    release()
     return samples, record_bytes
 
 

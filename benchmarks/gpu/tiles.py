@@ -23,7 +23,7 @@ from benchmarks.gpu import cases
 from benchmarks.gpu.cases import Bench
 from benchmarks.gpu.climbing import Found, climb, neighbours, product_fits
 from benchmarks.gpu.clock import Work
-from benchmarks.gpu.figures import Failure, Figure, attempted, plain
+from benchmarks.gpu.figures import Failure, Figure, attempted, plain, told
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.shapes import QWEN3_30B, TINY
 from moe_serve.kernels import suite
@@ -101,10 +101,12 @@ def _budget(setting: Setting, seconds: float) -> Callable[[], bool]:
     return lambda: time.perf_counter() < latest_s
 
 
-def _told(name: str, found: Found[Any]) -> Figure:
+def _figure(name: str, found: Found[Any]) -> Figure:
     best, start = statistics.median(found.best_s), statistics.median(found.start_s)
-    told = f"{name}: {written(found.best)}, of {found.num_tried} (ratio: the table's time to its)"
-    figure = plain(told, [1e6 * one for one in found.best_s], "us")
+    title = (
+        f"{name}: {written(found.best)}, of {found.num_tried} (ratio: of the first's time to its)"
+    )
+    figure = plain(title, [1e6 * one for one in found.best_s], "us")
     return replace(figure, row=replace(figure.row, ratio=start / best))
 
 
@@ -168,7 +170,7 @@ def _fast(setting: Setting, product: Product, name: str, seconds: float) -> Iter
             _budget(setting, seconds / len(product.rows)),
         )
         lines.append(f"    {least}: ({written(found.best)},),")
-        yield _told(f"{name}, from {least} rows, with {rows}", found)
+        yield _figure(f"{name}, from {least} rows, with {rows}", found)
     print(f"-- {name}:", *lines, sep="\n", flush=True)
 
 
@@ -191,22 +193,27 @@ def _exact(setting: Setting, product: Product, name: str, seconds: float) -> Ite
     means: dict[tuple[int, int], float] = {}
     lines: dict[tuple[int, int], list[str]] = {}
     for columns, depth in setting.pick(widths, widths[:2]):
-        total, told = 0.0, []
+        total, lines_of_width = 0.0, []
         for least, rows in product.rows.items():
             start = replace(product.table[least][0], columns=columns, depth=depth)
             while not product_fits(start) and start.stages > 2:
                 start = replace(start, stages=start.stages - 1)
-            found = climb(
-                start,
-                exact_neighbours,
-                partial(_measure, setting, partial(product.work, rows), product.installed),
-                _budget(setting, seconds / len(widths) / len(product.rows)),
-            )
+            try:
+                found = climb(
+                    start,
+                    exact_neighbours,
+                    partial(_measure, setting, partial(product.work, rows), product.installed),
+                    _budget(setting, seconds / len(widths) / len(product.rows)),
+                )
+            except Exception as error:
+                print(f"   {start}, with {rows} rows: {told(error)}", flush=True)
+                total = math.inf
+                break
             total += math.log(statistics.median(found.best_s))
-            told.append(f"    {least}: ({written(found.best)},),")
-            yield _told(f"{name}, {columns} x {depth}, from {least} rows, with {rows}", found)
+            lines_of_width.append(f"    {least}: ({written(found.best)},),")
+            yield _figure(f"{name}, {columns} x {depth}, from {least} rows, with {rows}", found)
         means[columns, depth] = total / len(product.rows)
-        lines[columns, depth] = told
+        lines[columns, depth] = lines_of_width
     best = min(means, key=lambda width: means[width])
     gain = math.exp(means[own] - means[best])
     print(f"-- {name}, {best}, {gain:.3f} times as fast:", *lines[best], sep="\n", flush=True)
@@ -238,4 +245,4 @@ def _attention(
         _budget(setting, seconds),
     )
     print(f"-- {name}, {width}: {written(found.best)}", flush=True)
-    yield _told(f"{name}, heads of {width}", found)
+    yield _figure(f"{name}, heads of {width}", found)
