@@ -2,7 +2,7 @@
 
 Prediction: a step of one request reads 6.2 GB, 1.6 ms at 4 TB/s; as 48 layers are some 700
 kernels, graphs decide whether it is bound by that or by launches. At batch 256 all experts are
-read, 57 GB, and keys and values, 26 GB: 20 ms. A prompt of 8,192 tokens is 60 TFLOP: 80 ms at
+read, 60 GB, and keys and values, 26 GB: 22 ms. A prompt of 8,192 tokens is 71 TFLOP: 92 ms at
 770 TFLOP/s.
 """
 

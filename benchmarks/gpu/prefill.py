@@ -31,6 +31,8 @@ def run(setting: Setting) -> Iterator[Figure | Failure]:
     shape = setting.pick(with_layers(QWEN3_30B, 8), TINY)
     for percent in setting.pick(_PERCENTS, _DRY_PERCENTS):
         told = f"{percent} % resident"
+        if not setting.wants(told):
+            continue
         yield from attempted(told, partial(_share, setting, limits, shape, percent, told))
 
 

@@ -28,9 +28,12 @@ _STEPS = 12
 def run(setting: Setting) -> Iterator[Figure | Failure]:
     """Measure the transfers alone, then under a decode that misses."""
     shape = setting.pick(with_layers(QWEN3_30B, 8), TINY)
-    yield from attempted("transfers alone", partial(_alone, setting, shape))
+    if setting.wants("transfers alone"):
+        yield from attempted("transfers alone", partial(_alone, setting, shape))
     for prefetch in ("off", "on"):
         told = f"decode, prefetch {prefetch}"
+        if not setting.wants(told):
+            continue
         yield from attempted(told, partial(_beside, setting, shape, prefetch, told))
 
 
