@@ -60,13 +60,11 @@ def built(setting: Setting, shape: Shape, **options: Any) -> Engine:
 
 
 def beside_cache(setting: Setting) -> dict[str, Any]:
-    """Return the options that say where experts are that have no slot: in host memory.
+    """Return the options that put experts that have no slot into host memory.
 
-    On a CPU, where that is where slots are, behind an emulated link.
+    That is where a GPU's are; on a CPU, whose slots are there too, behind an emulated link.
     """
-    if setting.device.type == "cuda":
-        return {"expert_store": str(setting.scratch)}
-    return {"emulate_link": _DRY_LINK_GB_S}
+    return {} if setting.device.type == "cuda" else {"emulate_link": _DRY_LINK_GB_S}
 
 
 def release() -> None:
