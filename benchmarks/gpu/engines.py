@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.shapes import active_bytes, flop
+from benchmarks.gpu.shapes import flop
+from benchmarks.kernels.step import active_bytes
 from benchmarks.peers.shape import Shape
 from moe_serve.config import EngineConfig
 from moe_serve.engine.build import build_engine

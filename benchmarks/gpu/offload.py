@@ -213,6 +213,8 @@ def samples_of(
         subject.run(sizes.warm)
         samples = [subject.run(sizes.steps) for _ in range(sizes.rounds)]
         record_bytes = 0 if case is None else subject.record_bytes
+    if case is not None and case.is_on_host and any(one.counters["bytes"] for one in samples):
+        raise RuntimeError("experts were copied that should have run in host memory")
     return samples, record_bytes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.kernels.step import active_bytes as active_bytes
 from benchmarks.peers.shape import Shape
 
 QWEN3_30B = Shape(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases import Bench
-from benchmarks.gpu.checks import CHECKS, CheckFailed
+from benchmarks.gpu.checks import CHECKS, CheckFailed, poisoned
 from benchmarks.gpu.shapes import TINY
 from moe_serve.kernels import suite
 from moe_serve.kernels.suite import Kernels
@@ -63,7 +63,9 @@ def test_right_kernels_pass(name: str, kernels: Kernels) -> None:
     CHECKS[name](Bench(TINY, kernels), ROWS, True)
 
 
-@pytest.mark.parametrize("wrong", [is_close_only, moves, unwritten])
+@pytest.mark.parametrize(
+    ("wrong", "is_exact"), [(is_close_only, True), (moves, False), (unwritten, False)]
+)
 @pytest.mark.parametrize(
     ("name", "kernel"), [("linear", "linear"), ("moe", "moe"), ("attention", "paged_attention")]
 )
@@ -71,12 +73,19 @@ def test_wrong_kernels_do_not(
     name: str,
     kernel: str,
     wrong: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+    is_exact: bool,
     kernels: Kernels,
 ) -> None:
     changed: Any = {kernel: wrong(getattr(kernels, kernel))}
     broken = replace(kernels, **changed)
     with pytest.raises(CheckFailed):
-        CHECKS[name](Bench(TINY, broken), ROWS, True)
+        CHECKS[name](Bench(TINY, broken), ROWS, is_exact)
+
+
+def test_what_is_not_written_is_nan() -> None:
+    with poisoned():
+        assert bool(torch.empty(3, 2).isnan().all())
+        assert torch.empty(3, dtype=torch.int64).shape == (3,)
 
 
 def test_wrong_routing_is_seen(kernels: Kernels) -> None:

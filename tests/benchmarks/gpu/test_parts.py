@@ -13,8 +13,9 @@ from benchmarks.gpu.limits import Limits
 from benchmarks.gpu.offload import BASE, HostCase
 from benchmarks.gpu.routing import made_up
 from benchmarks.gpu.setting import Setting, installed
-from benchmarks.gpu.shapes import TINY, active_bytes
+from benchmarks.gpu.shapes import TINY
 from benchmarks.gpu.transfer import demand_s
+from benchmarks.kernels.step import active_bytes
 from moe_serve.errors import ConfigError
 
 
@@ -98,6 +99,17 @@ def test_all_missing_experts_can_run_in_host_memory(setting: Setting) -> None:
     assert sum(sample.counters["computed_on_cpu"] for sample in samples) == 0
 
 
+def test_experts_that_were_copied_all_the_same_are_no_figure(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = made_up(1, TINY.num_experts, TINY.top_k)
+    case = HostCase(resident=50, batch=1, more=engines.beside_cache(setting), prefetch="off")
+    sizes = offload.Sizes((50,), (1,), warm=0, steps=2, rounds=1)
+    monkeypatch.setattr(offload, "_never_copy", lambda subject: None)
+    with pytest.raises(RuntimeError, match="were copied"):
+        offload.samples_of(setting, sizes, trace, TINY, 1, replace(case, is_on_host=True))
+
+
 def test_variants_differ_from_how_it_runs_unasked() -> None:
     base = HostCase(resident=25, batch=8, more={})
     cases = offload.variants(base, is_full=True)
@@ -122,6 +134,13 @@ def test_the_limit_of_a_step_is_the_longer_of_two(setting: Setting) -> None:
     assert decode.least_s(replace(cost, flop=3e12), limits) == 3.0
 
 
+def test_only_what_was_asked_for_is_measured(setting: Setting) -> None:
+    assert setting.wants("anything")
+    setting.only = "batch 8"
+    assert setting.wants("qwen3-30b, intent, batch 8")
+    assert not setting.wants("qwen3-30b, intent, batch 1")
+
+
 def test_links_of_this_tree_are_whole() -> None:
     assert links.are_whole()
     assert all(line.endswith("imported") for line in links.told())
@@ -130,11 +149,12 @@ def test_links_of_this_tree_are_whole() -> None:
 def test_a_link_that_was_lost_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in links.LINKED:
         (tmp_path / name).mkdir()
-    (tmp_path / "moe_serve").mkdir()
+        (tmp_path / "moe_serve" / name).mkdir(parents=True)
     monkeypatch.setattr(links, "ROOT", tmp_path)
     assert not links.are_whole()
     assert all("is no link" in line for line in links.told())
     for name in links.LINKED:
+        (tmp_path / "moe_serve" / name).rmdir()
         (tmp_path / "moe_serve" / name).symlink_to(f"../{name}")
     assert links.are_whole()
 

@@ -32,6 +32,7 @@ def test_what_the_device_did_is_read_off_a_trace() -> None:
 
 def test_what_goes_on_twice_counts_once() -> None:
     assert covered(spans((3, 5), (0, 2), (1, 2.5), (5, 6))) == [(0, 2.5), (3, 6)]
+    assert covered(spans((0, 5), (1, 2), (6, 7))) == [(0, 5), (6, 7)]
     assert length_s(covered(spans((3, 5), (0, 2), (1, 2.5)))) == 4.5
 
 
