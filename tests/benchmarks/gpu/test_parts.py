@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import decode, engines, exactness, links, offload, peers
+from benchmarks.gpu import checks, decode, engines, exactness, links, offload, peers
+from benchmarks.gpu import tests as device_tests
+from benchmarks.gpu.cases import Bench
+from benchmarks.gpu.checks import CheckFailed
 from benchmarks.gpu.engines import Decoding, offloaded, running
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.limits import Limits
@@ -17,6 +20,7 @@ from benchmarks.gpu.shapes import TINY
 from benchmarks.gpu.transfer import demand_s
 from benchmarks.kernels.step import active_bytes
 from moe_serve.errors import ConfigError
+from moe_serve.kernels import suite
 
 
 @pytest.fixture
@@ -132,6 +136,23 @@ def test_the_limit_of_a_step_is_the_longer_of_two(setting: Setting) -> None:
     cost = engines.StepCost(1.0, num_bytes=4e9, flop=1e12)
     assert decode.least_s(cost, limits) == 2.0
     assert decode.least_s(replace(cost, flop=3e12), limits) == 3.0
+
+
+def test_files_with_tests_for_a_gpu_are_found() -> None:
+    assert "tests/kernels/test_moe.py" in device_tests.gpu_test_files()
+    assert "tests/kernels/test_router.py" not in device_tests.gpu_test_files()
+
+
+def test_a_check_that_fails_is_a_missed_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(bench: Bench, num_rows: int, is_exact: bool) -> None:
+        raise CheckFailed("rows differ")
+
+    bench = Bench(TINY, suite.load("reference"))
+    (found,) = device_tests.checked(bench, "greedy", 3, True, "greedy, 3 rows")
+    assert found.is_met
+    monkeypatch.setitem(checks.CHECKS, "greedy", fail)
+    (found,) = device_tests.checked(bench, "greedy", 3, True, "greedy, 3 rows")
+    assert not found.is_met
 
 
 def test_only_what_was_asked_for_is_measured(setting: Setting) -> None:
