@@ -1,17 +1,20 @@
 # The same verbs for people and for CI. `install` makes ./.venv; every other verb depends on it.
+# But bench-gpu: it runs on machines where nothing can be installed.
 # PYTHON names the interpreter that makes the environment; ARGS goes to pytest.
 
 PYTHON ?= python3
 ARGS ?=
+PARTS ?=
+DRY ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 LIBRARY := moe_serve/kernels/_cpu*.so
 NATIVE := $(wildcard moe_serve/kernels/native/*.cpp moe_serve/kernels/native/*.h)
 
-.PHONY: help install check test bench build demo clean
+.PHONY: help install check test bench bench-gpu build demo clean
 
 help:
-	@echo "make install | check | test | bench | build | demo | clean"
+	@echo "make install | check | test | bench | bench-gpu | build | demo | clean"
 
 install: $(STAMP)
 
@@ -36,6 +39,11 @@ bench: install
 	$(BIN)/moe-serve bench latency
 	$(BIN)/moe-serve bench throughput
 	$(BIN)/python -m benchmarks.peers --rounds 5 --jobs 1x128/16,4x128/16
+
+# Needs nothing installed but what docs/gpu.md names: PYTHON runs it from the tree. PARTS: all, or
+# some; DRY=1 walks them on a CPU; ARGS go to it.
+bench-gpu:
+	DRY=$(DRY) PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu $(PARTS) $(ARGS)
 
 build: install
 	$(BIN)/python -m build

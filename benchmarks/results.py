@@ -12,9 +12,10 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from moe_serve.figures import Row as Row
 
@@ -61,13 +62,23 @@ def this_machine(accelerator: str | None = None) -> str:
 
 
 def source_state(root: Path = ROOT) -> tuple[str, bool]:
-    """Return the commit of the tree, and whether it holds more than that (results do not count)."""
+    """Return the commit of the tree, and whether it holds more than that (results do not count).
+
+    Where there is no .git: what COMMIT names, in the environment or in a file of the tree's root.
+    """
+    if not (root / ".git").exists() and (named := _named_commit(root)):
+        return named, False
     try:
         commit = _git(root, "rev-parse", "HEAD").strip()
         changed = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown", True
     return commit, bool(changed.strip())
+
+
+def _named_commit(root: Path) -> str:
+    path = root / "COMMIT"
+    return os.environ.get("COMMIT") or (path.read_text().strip() if path.is_file() else "")
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -102,12 +113,14 @@ def write_results(
     machine: str | None = None,
     folder: Path = RESULTS,
     today: datetime.date | None = None,
+    environment: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write rows as <yyyymmdd>-<name>-<machine>.json and return the path.
 
     name: lower-case words and hyphens; with "peers" in it when other systems took part, with "gpu"
     when a GPU did. numerics_id: what the engine under test calls its numerics; None when no engine
-    ran. A second run on one day replaces the first. Raises ValueError for a name that is no slug.
+    ran. environment: what else figures depend on, such as a card's driver. A second run on one day
+    replaces the first. Raises ValueError for a name that is no slug.
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
         raise ValueError(f"name is {name!r}; use lower-case words joined by hyphens")
@@ -122,6 +135,8 @@ def write_results(
         "numerics_id": numerics_id,
         "rows": [asdict(row) for row in rows],
     }
+    if environment is not None:
+        document["environment"] = dict(environment)
     day = (today or datetime.date.today()).strftime("%Y%m%d")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{day}-{name}-{machine}.json"

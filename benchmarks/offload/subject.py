@@ -134,8 +134,12 @@ class Subject:
         batch: int,
         case: Case | None = None,
         store: Path | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
-        """folder: the model's; store: where packed experts are kept. Raises CapacityError."""
+        """folder: the model's; store: where packed experts are kept; more: options of the engine.
+
+        Raises CapacityError.
+        """
         self.case = case
         self.name = f"all in memory, batch {batch}" if case is None else case.name
         self._trace = trace
@@ -152,6 +156,7 @@ class Subject:
                     "max_num_seqs": batch,
                     "enable_prefix_caching": False,
                     **options,
+                    **(more or {}),
                 }
             ),
             folder,

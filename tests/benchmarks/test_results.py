@@ -143,3 +143,16 @@ def test_source_state_sees_changes_but_not_results(tmp_path: Path) -> None:
 
 def test_source_state_without_a_repository_is_unknown(tmp_path: Path) -> None:
     assert source_state(tmp_path) == ("unknown", True)
+
+
+def test_the_commit_of_a_tree_without_git_is_what_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert source_state(tmp_path) == ("unknown", True)
+    (tmp_path / "COMMIT").write_text("abc\n")
+    assert source_state(tmp_path) == ("abc", False)
+    monkeypatch.setenv("COMMIT", "def")
+    assert source_state(tmp_path) == ("def", False)
+    # of a clone, what git says
+    assert source_state(ROOT)[0] != "def"
