@@ -63,9 +63,9 @@ def built(setting: Setting, shape: Shape, **options: Any) -> Engine:
 def beside_cache(setting: Setting) -> dict[str, Any]:
     """Return the options that put experts that have no slot into host memory.
 
-    That is where a GPU's are; on a CPU, whose slots are there too, behind an emulated link.
+    That is where those of Triton's kernels are; other slots are there too, behind an emulated link.
     """
-    return {} if setting.device.type == "cuda" else {"emulate_link": _DRY_LINK_GB_S}
+    return {} if setting.has_triton else {"emulate_link": _DRY_LINK_GB_S}
 
 
 def release() -> None:
