@@ -222,7 +222,7 @@ def _never_copy(subject: Subject) -> None:
     """Let what is missing run in host memory, whatever a copy would cost."""
     assert subject.offloaded is not None
     host = subject.offloaded._host
-    if host is None:
+    if host is None or host.planner is None:
         raise ConfigError("this engine runs no experts in host memory")
     costs = host.planner.costs
     host.planner.costs = dataclasses.replace(costs, copy_s=_NEVER_COPIED_S)
