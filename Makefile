@@ -11,10 +11,14 @@ STAMP := .venv/installed
 LIBRARY := moe_serve/kernels/_cpu*.so
 NATIVE := $(wildcard moe_serve/kernels/native/*.cpp moe_serve/kernels/native/*.h)
 
-.PHONY: help install check test bench bench-gpu build demo clean
+# the oldest Triton that kernels run on; the newest is in constraints.txt
+OLDEST_TRITON := 3.6.0
+OLDEST_TRITON_IN := .venv/triton-$(OLDEST_TRITON)
+
+.PHONY: help install check test test-oldest-triton bench bench-gpu build demo clean
 
 help:
-	@echo "make install | check | test | bench | bench-gpu | build | demo | clean"
+	@echo "make install | check | test | test-oldest-triton | bench | bench-gpu | build | demo | clean"
 
 install: $(STAMP)
 
@@ -34,6 +38,13 @@ check: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+$(OLDEST_TRITON_IN): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(OLDEST_TRITON)
+
+test-oldest-triton: install $(OLDEST_TRITON_IN)
+	PYTHONPATH=$(OLDEST_TRITON_IN) EXPECTED_TRITON=$(OLDEST_TRITON) $(BIN)/python -m pytest $(ARGS) tests/kernels \
+		-k "is_expected or (triton-exact and (equal or reference or float64 or bits_of_layer))"
 
 bench: install
 	$(BIN)/moe-serve bench latency
