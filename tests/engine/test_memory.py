@@ -122,7 +122,7 @@ def test_a_quarter_of_the_memory_bounds_the_default_and_is_said(
     caplog.set_level(logging.INFO)
     (count,) = _blocks(spec, 10 * 2**20, max_num_seqs=1000)
     assert 0.2 * 10 * 2**20 < count * BLOCK_BYTES < 0.25 * 10 * 2**20
-    assert "a quarter of the free memory" in caplog.text
+    assert "25 % of the free memory" in caplog.text
     assert f"{count} blocks" in caplog.text
     assert len(caplog.records) == 1
 

@@ -85,7 +85,7 @@ def test_a_rank_takes_its_gpu_first_and_says_where_it_cannot(
             said.append(str(error))
 
     gpu = torch.device("cuda")
-    monkeypatch.setattr(suite, "device_of", lambda name: gpu)
+    monkeypatch.setattr(suite, "device_of", lambda *names: gpu)
     meeting: Any = Meeting()
     with pytest.raises(ConfigError, match="seen enough"):
         open_worker(EngineConfig(), Path(), meeting)
@@ -101,7 +101,7 @@ def test_ranks_of_our_own_are_not_started_without_gpus_for_them(
 ) -> None:
     config = EngineConfig.from_options({"ep_size": 2})
     worlds_of(config, embedded_model)
-    monkeypatch.setattr(suite, "device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(suite, "device_of", lambda *names: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="2 ranks on this machine, but 1 "):
         worlds_of(config, embedded_model)

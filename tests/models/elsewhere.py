@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def launches() -> Iterator[Launches]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpretedFunction, "run", lambda *a, **k: taken.run(*a, **k))
         for module in ("gpu", "linear", "moe", "sampling"):
-            found = __import__(f"moe_serve.kernels.{module}.triton", fromlist=["device"])
+            found = importlib.import_module(f"moe_serve.kernels.{module}.triton")
             if hasattr(found, "device"):
                 patch.setattr(found, "device", lambda: ELSEWHERE)
         yield taken
