@@ -117,8 +117,8 @@ def test_the_bare_environment_is_bare(tmp_path: Path) -> None:
 def test_make_passes_on_what_is_given() -> None:
     done = subprocess.run(
         [
-            "make", "-n", "--no-print-directory", "bench-gpu", "DRY=1", "PYTHON=python9", "PARTS=kernels tiles",
-            "ARGS=--only x",
+            "make", "-n", "--no-print-directory", "bench-gpu", "DRY=1", "PYTHON=python9",
+            "PARTS=kernels tiles", "ARGS=--only x",
         ],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
