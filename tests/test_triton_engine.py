@@ -100,6 +100,8 @@ def test_a_batch_gives_what_each_request_gives_alone(
         engine.close()
 
 
+# what is missing gives numbers of no meaning, which NumPy warns of where kernels are interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("slots", [None, 3], ids=["resident", "cache"])
 def test_warming_up_leaves_no_trace(slots: int | None, model: Path, alone: Told) -> None:
     engine = _engine(model, expert_cache_slots=slots)

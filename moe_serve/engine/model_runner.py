@@ -79,10 +79,11 @@ class ModelRunner:
                 [group.window for group in groups],
                 self.model.experts.resident() != [],
             )
-        for num_rows in sizes_up_to(min(max_num_seqs, max_num_tokens)):
+        for num_rows in {1, min(max_num_seqs, max_num_tokens)}:
             # finite, whatever tokens of nobody give
             logits = self.model.logits(torch.zeros_like(hidden[:1]).repeat(num_rows, 1))
-            self._sampler.sample(logits, nobodys_sequences(num_rows))
+            for sequences in nobodys_sequences(num_rows):
+                self._sampler.sample(logits, sequences)
         for table, before in zip(tables, uses, strict=True):
             table.uses.copy_(before)
 

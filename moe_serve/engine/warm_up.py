@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from moe_serve.engine.sequence import Sequence
 from moe_serve.types import ForwardBatch, Request, SamplingParams
 
 _FACTOR = 4
-# what a step's sampling may be made of
+# what tiles are chosen for, between the powers of it, where numerics are fast
+_BETWEEN = (24, 128)
+# what a step's sampling may be made of: a filter that nobody asks for is another kernel
 _KINDS = (
     SamplingParams(temperature=0.0, logprobs=2),
-    SamplingParams(temperature=0.8),
-    SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05),
     SamplingParams(temperature=0.8, frequency_penalty=0.5, logit_bias={0: 1.0}),
+    *(
+        SamplingParams(temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
+        for top_k in (0, 20)
+        for top_p in (1.0, 0.9)
+        for min_p in (0.0, 0.05)
+    ),
 )
 
 
 def sizes_up_to(most: int) -> list[int]:
-    """Return 1, 4, 16 and so on, and `most`."""
-    found = [1]
-    while found[-1] * _FACTOR < most:
-        found.append(found[-1] * _FACTOR)
-    return found if found[-1] == most else [*found, most]
+    """Return 1, 4, 16 and so on, `most`, and what else kernels are made for, rising."""
+    found = {size for size in _BETWEEN if size < most} | {most}
+    size = 1
+    while size < most:
+        found.add(size)
+        size *= _FACTOR
+    return sorted(found)
 
 
 def nobodys_prompts(
@@ -51,16 +61,8 @@ def nobodys_prompts(
     )
 
 
-def nobodys_sequences(count: int) -> list[Sequence]:
-    """Return sequences that sample in all ways, in turns."""
-    return [
-        Sequence(
-            Request(
-                request_id="warm-up",
-                prompt_ids=(0,),
-                sampling=_KINDS[index % len(_KINDS)],
-                seed=index,
-            )
-        )
-        for index in range(count)
-    ]
+def nobodys_sequences(count: int) -> Iterator[list[Sequence]]:
+    """Yield so many sequences that sample in the same way, for all ways."""
+    for sampling in _KINDS:
+        request = Request(request_id="warm-up", prompt_ids=(0,), sampling=sampling, seed=0)
+        yield [Sequence(request) for _ in range(count)]

@@ -85,12 +85,16 @@ class CudaGraphs:
             graph = _cuda.CUDAGraph()
             with _cuda.stream(self._stream):
                 # other threads may go on copying and allocating
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                # what torch makes at its first capture must serve those in any mode
+                with torch.inference_mode(False):
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     work()
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
+            # a pool goes with its last graph, and nothing may be captured into one that is gone
+            self._pool = _cuda.graph_pool_handle()
             if _is_out_of_memory(error):
                 raise CapacityError(f"no memory for a CUDA graph: {error}") from error
             raise
