@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_serve.errors import StoreError
 from moe_serve.experts.native_transfer import open_transfers
+from moe_serve.experts.read_ahead import Place, ReadAhead
 from moe_serve.experts.transfer import Awaited, StoreSource, Transfer, Transfers
 from moe_serve.kernels.gpu.streams import Event, Stream, Streams
 
@@ -31,12 +32,14 @@ _Key = tuple[int, int]
 class _Upload:
     """A record on its way up. fence: done when no kernel reads what was in its slot.
 
+    place: where it is on the device already, if it is, or will be soon.
     num_asked: bytes that were asked for; num_parts: copies that are not known to be done.
     """
 
     transfer: Transfer
     source: Tensor
     fence: Event
+    place: Place | None
     num_asked: int = 0
     num_parts: int = 0
 
@@ -70,15 +73,18 @@ class DeviceTransfers:
         records: Tensor,
         record_of: Callable[[int, int], Tensor],
         chunk_bytes: int = CHUNK_BYTES,
+        ahead: ReadAhead | None = None,
     ) -> None:
         """records: uint8 [num_slots, record_bytes], on the streams' device.
 
         record_of(layer, expert): uint8, pinned; it stays as it is until its transfer has ended.
+        ahead: what may be on the device, or on its way there, before it has a slot.
         """
         self.records = records
         self._streams = streams
         self._record_of = record_of
         self._chunk_bytes = chunk_bytes
+        self._ahead = ahead
         self._urgent = _Lane(streams.stream(is_urgent=True))
         self._usual = _Lane(streams.stream())
         self._guesses: deque[_Upload] = deque()  # of which not all was asked for
@@ -158,6 +164,8 @@ class DeviceTransfers:
         for lane in (self._urgent, self._usual):
             for event, _, _ in lane.parts:
                 event.wait()
+        if self._ahead is not None:
+            self._ahead.close()
         self._collect()
 
     def _stopped(self, layer: int, expert: int) -> _Upload | None:
@@ -180,15 +188,19 @@ class DeviceTransfers:
     def _add(self, transfer: Transfer, fence: Event) -> _Upload:
         key = (transfer.layer, transfer.expert)
         assert key not in self._of_expert, key
-        upload = _Upload(transfer, self._record_of(*key), fence)
+        place = None if self._ahead is None else self._ahead.take(*key)
+        source = self._record_of(*key) if place is None else place.record
+        upload = _Upload(transfer, source, fence, place)
         self._of_expert[key] = upload
         self._num_guesses += not transfer.is_urgent
         return upload
 
     def _ask(self, upload: _Upload, lane: _Lane, end: int) -> None:
         """Ask for a record's bytes up to `end`."""
-        begin, transfer = upload.num_asked, upload.transfer
+        begin, transfer, place = upload.num_asked, upload.transfer, upload.place
         try:
+            if place is not None:
+                lane.stream.after(place.event)
             lane.stream.copy(self.records[transfer.slot, begin:end], upload.source[begin:end])
             lane.parts.append((lane.stream.record(), upload, end - begin))
         except Exception as error:  # whatever it is, it belongs to the step that waits
@@ -197,6 +209,17 @@ class DeviceTransfers:
             return
         upload.num_asked = end
         upload.num_parts += 1
+        if place is not None and end - begin == upload.num_bytes:  # nothing else reads it there
+            self._give_back(upload, lane.parts[-1][0])
+
+    def _give_back(self, upload: _Upload, event: Event) -> None:
+        """Free the place of a record: it will not be read there after `event`."""
+        assert self._ahead is not None
+        assert upload.place is not None
+        self._ahead.give_back(upload.place, event)
+        upload.place = None
+        if upload.num_asked < upload.num_bytes:  # somebody may want the rest after all
+            upload.source = self._record_of(upload.transfer.layer, upload.transfer.expert)
 
     def _move_on(self) -> None:
         """Take note of what is done, and ask for more of the guesses."""
@@ -222,6 +245,8 @@ class DeviceTransfers:
         if not upload.has_ended:
             return
         transfer = upload.transfer
+        if upload.place is not None:
+            self._give_back(upload, upload.place.event)
         transfer.is_whole = transfer.at == upload.num_bytes
         transfer.is_given_up = not transfer.is_whole and transfer.error is None
         self._num_guesses -= not transfer.is_urgent

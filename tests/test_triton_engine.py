@@ -77,7 +77,12 @@ def alone(model: Path) -> Told:
     [
         {},
         {"expert_cache_slots": 3},
-        {"expert_cache_slots": 3, "prefetch": "off", "fused": False},
+        {
+            "expert_cache_slots": 3,
+            "expert_stream_slots": 2,
+            "prefetch": "off",
+            "fused": False,
+        },
         {"expert_cache_slots": 2, "prefetch": "off", "expert_store": "store"},
     ],
     ids=["graphs", "host memory", "layer by layer", "disk"],
@@ -96,6 +101,8 @@ def test_a_batch_gives_what_each_request_gives_alone(
             assert told["total"]["misses"] > 0
             source = "disk_bytes" if "expert_store" in options else "link_bytes"
             assert told["total"][source] > 0
+        if "expert_stream_slots" in options:
+            assert told["read_ahead"]["used"] > 0
     finally:
         engine.close()
 
