@@ -44,7 +44,7 @@ def default_places(shape: CacheShape, record_bytes: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """Room for one record. event: when `record` may be read, or, of a free one, `memory` written."""
+    """Room for one record. event: when `record` may be read, or `memory`, if free, be written."""
 
     memory: Tensor
     record: Tensor
@@ -94,12 +94,13 @@ class ReadAhead:
         self._event = event
         after = event.layer + 1
         expected: list[int] = []
-        if len(event.misses) < self.num_places and after < cache.shape.num_layers:
-            if len(event.expert_ids) >= _NEARLY_ALL * int(cache.is_held[event.layer].sum()):
-                absent = np.flatnonzero(cache.absent(after)).tolist()
-                scores = cache.policy.scores(after, absent)
-                order = sorted(zip(scores, absent, strict=True), reverse=True)
-                expected = [expert for _, expert in order]
+        is_nearly_over = len(event.misses) < self.num_places and after < cache.shape.num_layers
+        num_held = int(cache.is_held[event.layer].sum())
+        if is_nearly_over and len(event.expert_ids) >= _NEARLY_ALL * num_held:
+            absent = np.flatnonzero(cache.absent(after)).tolist()
+            scores = cache.policy.scores(after, absent)
+            order = sorted(zip(scores, absent, strict=True), reverse=True)
+            expected = [expert for _, expert in order]
         self.move_on(event.layer, event.misses, expected)
 
     def move_on(self, layer: int, misses: Iterable[int], expected: Iterable[int]) -> None:

@@ -72,9 +72,7 @@ def _share(
             name = f"{told}, prompt of {length}"
             # the first one compiles
             last = seconds[-setting.repeats :]
-            yield against(
-                name, last, max(link_s, flop_s), GOAL_OF_LINK if read_ahead else None
-            )
+            yield against(name, last, max(link_s, flop_s), GOAL_OF_LINK if read_ahead else None)
             row = Row.of(
                 f"{name}: brought in", fetched[-setting.repeats :], "GB", limit=least_bytes / 1e9
             )

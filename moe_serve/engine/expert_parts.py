@@ -25,7 +25,7 @@ from moe_serve.engine.residency import Residency
 from moe_serve.errors import ConfigError, StoreError
 from moe_serve.experts.cache import ExpertCache
 from moe_serve.experts.calibration import Calibration
-from moe_serve.experts.device_transfer import DeviceTransfers, StagedTransfers
+from moe_serve.experts.device_transfer import DeviceTransfers
 from moe_serve.experts.executor import Experts
 from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.native_transfer import open_transfers
@@ -38,6 +38,7 @@ from moe_serve.experts.read_ahead import ReadAhead
 from moe_serve.experts.recorder import RoutingRecorder
 from moe_serve.experts.slots import DeviceSlots, FixedSlots, GrowingSlots, SlotMemory
 from moe_serve.experts.split import MissCosts, MissPlanner
+from moe_serve.experts.staged_transfer import StagedTransfers
 from moe_serve.experts.store import ExpertStore
 from moe_serve.experts.store_layout import store_path
 from moe_serve.experts.transfer import (
@@ -262,9 +263,7 @@ class ExpertParts:
         beside, sizes = HostExperts(tables, planner, streams), self._sizes
         return others, _Tier(queue, memory, lambda: device_times(queue, *sizes), beside, ahead)
 
-    def _ahead(
-        self, streams: Streams, record_of: Callable[[int, int], Tensor]
-    ) -> ReadAhead | None:
+    def _ahead(self, streams: Streams, record_of: Callable[[int, int], Tensor]) -> ReadAhead | None:
         num_places = self._residency.stream_slots
         if not num_places:
             return None

@@ -79,8 +79,8 @@ def test_slots_to_stream_through_are_counted_and_only_where_they_are(
     assert "expert_stream_slots" not in caplog.text
     assert plan(spec, expert_cache_slots=2, expert_stream_slots=3).stream_slots == 0
     assert "expert_stream_slots has no effect" in caplog.text
+    room = others_bytes(spec) + 12 * SLOT_BYTES
     with pytest.raises(CapacityError, match="give at most expert_cache_slots 2"):
-        room = others_bytes(spec) + 12 * SLOT_BYTES
         plan(spec, room, expert_cache_slots=3, expert_stream_slots=8, on_gpu=True)
 
 

@@ -86,9 +86,7 @@ class Harness:
         if num_places:
             places = DeviceSlots(num_places, self.arena.record_bytes, device).records
             self.ahead = ReadAhead(self.streams, places, record_of, len(LAYERS))
-        self.queue = DeviceTransfers(
-            self.streams, self.slots.records, record_of, 4096, self.ahead
-        )
+        self.queue = DeviceTransfers(self.streams, self.slots.records, record_of, 4096, self.ahead)
         shape = CacheShape(
             num_layers=len(LAYERS), num_experts=NUM_EXPERTS, slots_per_layer=num_slots,
             total_slots=total,
