@@ -16,6 +16,8 @@ from moe_serve.types import Request, SamplingParams
 from tests.models import tiny
 
 pytest.importorskip("triton")
+# what is missing gives numbers of no meaning, whatever was in memory, and NumPy warns of some
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 OPTIONS = {"kernels": "triton", "max_num_seqs": 4, "num_kv_blocks": 16, "seed": 3}
 # two layers, so that an expert can be missing before and behind another router
@@ -107,8 +109,6 @@ def test_a_batch_gives_what_each_request_gives_alone(
         engine.close()
 
 
-# what is missing gives numbers of no meaning, which NumPy warns of where kernels are interpreted
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("slots", [None, 3], ids=["resident", "cache"])
 def test_warming_up_leaves_no_trace(slots: int | None, model: Path, alone: Told) -> None:
     engine = _engine(model, expert_cache_slots=slots)
