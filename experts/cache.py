@@ -20,8 +20,10 @@ from moe_serve.experts.policies.base import CacheShape, EvictionPolicy
 
 Array = np.ndarray[Any, Any]
 ABSENT = -1
-# slots through which what does not stay streams: one is loaded while the other is read
-_STREAM_SLOTS = 2
+# slots through which what does not stay streams: half is loaded while the other half is read, and a
+# half must hold enough that whoever waits for it is quick beside it (docs/log.md)
+_LEAST_STREAM_SLOTS = 2
+_STREAM_SHARE = 4
 # with so many tokens an event is a prompt's: its counts say more of what comes than what was before
 _MANY_TOKENS = 16
 
@@ -253,8 +255,8 @@ class ExpertCache:
         """Choose who stays where not all can, and put the misses that do not in front.
 
         Of a union larger than the slots, those used most, and of equals what the policy would keep.
-        A policy that is selective chooses among the residents as well. Two slots are left to the
-        stream; misses that stay take them over at the end.
+        A policy that is selective chooses among the residents as well. A quarter of the slots is
+        left to the stream; misses that stay take them over at the end.
         """
         layer = event.layer
         num_slots = self._most_at_once(layer)
@@ -279,7 +281,8 @@ class ExpertCache:
             return
         held = {*self._residents[layer], *event.arriving}
         kept_held = [expert for expert in kept if expert in held]
-        surplus = max(0, len(kept_held) - max(0, num_slots - _STREAM_SLOTS))
+        for_stream = max(_LEAST_STREAM_SLOTS, num_slots // _STREAM_SHARE)
+        surplus = max(0, len(kept_held) - max(0, num_slots - for_stream))
         event.keep.difference_update(kept_held[:surplus])
         event.pinned = event.pinned | event.keep
         rank = {expert: (expert in event.keep, place) for place, expert in enumerate(order)}

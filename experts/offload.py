@@ -26,6 +26,7 @@ from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.policies.base import CacheShape
 from moe_serve.experts.prefetch import Prefetcher
 from moe_serve.experts.profile import ProfileKeeper
+from moe_serve.experts.read_ahead import ReadAhead
 from moe_serve.experts.recorder import RoutingRecorder, StepNotes
 from moe_serve.experts.slots import DeviceSlots, SlotMemory
 from moe_serve.experts.split import MissPlanner
@@ -87,7 +88,9 @@ class OffloadedExperts:
         recorder: RoutingRecorder | None = None,
         keeper: ProfileKeeper | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        ahead: ReadAhead | None = None,
     ) -> None:
+        """ahead: the queue's own, if it has one."""
         self._moe = moe
         self.layers = layers
         self.cache = cache
@@ -99,6 +102,7 @@ class OffloadedExperts:
         self.replay: Replay | None = None
         self._memory = memory
         self._host = host
+        self._ahead = ahead
         self._model_layers = sorted(layers)
         self._index = {layer: index for index, layer in enumerate(self._model_layers)}
         self.stats = OffloadStats([0.0] * len(layers))
@@ -173,6 +177,8 @@ class OffloadedExperts:
             counts = dict(zip(event.expert_ids, stopped.counts[experts].tolist(), strict=True))
             yield from self._bring_in(event, counts, stopped, can_wait)
         else:
+            if self._ahead is not None:
+                self._ahead.follow(event, self.cache)
             if self.prefetcher is not None:
                 self.prefetcher.look_ahead(layer, stopped)
             self.cache.end(event)
@@ -265,15 +271,19 @@ class OffloadedExperts:
     def _tiers(self) -> dict[str, Array]:
         """Return the bytes that came from each tier, int64 [num_layers], by the counter's name.
 
-        What the cache brought in came from disk, or over the link from host memory. host_bytes: of
-        the experts that were run in host memory, where they lie.
+        What the cache brought in came from disk, or over the link from host memory, as did what
+        was read ahead for nothing. host_bytes: of the experts that were run in host memory, where
+        they lie.
         """
         counters = self.cache.counters
         none = np.zeros_like(counters.bytes)
         if self._host is None:
             return {"disk_bytes": counters.bytes, "link_bytes": none, "host_bytes": none}
         in_place = counters.computed_on_cpu * self.slot_bytes
-        return {"disk_bytes": none, "link_bytes": counters.bytes, "host_bytes": in_place}
+        link_bytes = counters.bytes
+        if self._ahead is not None:
+            link_bytes = link_bytes + self._ahead.unused * self.slot_bytes
+        return {"disk_bytes": none, "link_bytes": link_bytes, "host_bytes": in_place}
 
     def report(self) -> dict[str, Any]:
         """Return counters per layer and in total, and the times of waiting, since the start."""
@@ -294,6 +304,8 @@ class OffloadedExperts:
         }
         if self.prefetcher is not None:
             report["prefetch"] = self.prefetcher.report()
+        if self._ahead is not None:
+            report["read_ahead"] = self._ahead.report()
         return report
 
     def close(self) -> None:
@@ -357,6 +369,8 @@ class OffloadedExperts:
                 run = wave.run
                 if wave.loads:
                     self.queue.demand(layer, wave.loads)
+                if self._ahead is not None:
+                    self._ahead.follow(event, self.cache)
                 if self.prefetcher is not None and number == 0:  # while the loads are under way
                     self.prefetcher.look_ahead(layer, stopped)
                 if not run and not wave.loads:
@@ -474,8 +488,9 @@ class OffloadedExperts:
             return []  # who stopped runs all of them itself
         if self._host.planner is None:
             return []
+        ahead = () if self._ahead is None else self._ahead.held(event.layer)
         chosen = self._host.planner.in_place(
-            {expert: counts[expert] for expert in event.misses},
+            {expert: counts[expert] for expert in event.misses if expert not in ahead},
             [counts[expert] for expert in event.hits],
         )
         self.cache.computed(event, chosen)

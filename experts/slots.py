@@ -61,7 +61,8 @@ class DeviceSlots:
         except RuntimeError as error:
             raise CapacityError(
                 f"no memory on {device} for {num_slots} expert slots of {record_bytes} bytes "
-                f"({error}); lower expert_cache_slots or expert_cache_gb"
+                f"({error}); lower expert_cache_slots, "
+                "expert_cache_gb or expert_stream_slots"
             ) from error
         self.most_slots = num_slots
 

@@ -164,6 +164,13 @@ class ExpertsConfig:
             "choices": ("layer", "shared", "global"),
         },
     )
+    expert_stream_slots: int | None = field(
+        default=None,
+        metadata={
+            "help": "Slots beside the cache through which a prompt's experts come, on a GPU before "
+            "host memory; 0: none. Default: 1/16 of the cache, 512 MiB at most."
+        },
+    )
     eviction: str = field(
         default="adaptive",
         metadata={"help": "A file in experts/policies.", "package": "moe_serve.experts.policies"},
@@ -222,6 +229,7 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         _within("expert_cache_slots", self.expert_cache_slots, 1)
+        _within("expert_stream_slots", self.expert_stream_slots, 0)
         for name in ("expert_cache_gb", "emulate_link"):
             value = getattr(self, name)
             least = _LEAST_LINK if name == "emulate_link" else 0.0

@@ -16,6 +16,8 @@ from moe_serve.types import Request, SamplingParams
 from tests.models import tiny
 
 pytest.importorskip("triton")
+# what is missing gives numbers of no meaning, whatever was in memory, and NumPy warns of some
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 OPTIONS = {"kernels": "triton", "max_num_seqs": 4, "num_kv_blocks": 16, "seed": 3}
 # two layers, so that an expert can be missing before and behind another router
@@ -77,7 +79,12 @@ def alone(model: Path) -> Told:
     [
         {},
         {"expert_cache_slots": 3},
-        {"expert_cache_slots": 3, "prefetch": "off", "fused": False},
+        {
+            "expert_cache_slots": 3,
+            "expert_stream_slots": 2,
+            "prefetch": "off",
+            "fused": False,
+        },
         {"expert_cache_slots": 2, "prefetch": "off", "expert_store": "store"},
     ],
     ids=["graphs", "host memory", "layer by layer", "disk"],
@@ -96,12 +103,12 @@ def test_a_batch_gives_what_each_request_gives_alone(
             assert told["total"]["misses"] > 0
             source = "disk_bytes" if "expert_store" in options else "link_bytes"
             assert told["total"][source] > 0
+        if "expert_stream_slots" in options:
+            assert told["read_ahead"]["used"] > 0
     finally:
         engine.close()
 
 
-# what is missing gives numbers of no meaning, which NumPy warns of where kernels are interpreted
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("slots", [None, 3], ids=["resident", "cache"])
 def test_warming_up_leaves_no_trace(slots: int | None, model: Path, alone: Told) -> None:
     engine = _engine(model, expert_cache_slots=slots)

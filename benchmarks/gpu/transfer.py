@@ -117,5 +117,5 @@ def _several(decoding: Decoding, count: int) -> None:
 
 
 def engine_bytes(engine: Engine) -> int:
-    """Return what the cache has brought in since the start."""
-    return int(offloaded(engine).cache.counters.total()["bytes"])
+    """Return what has come over the link since the start, for nothing too."""
+    return int(offloaded(engine).report()["total"]["link_bytes"])

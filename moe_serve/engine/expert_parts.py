@@ -25,7 +25,7 @@ from moe_serve.engine.residency import Residency
 from moe_serve.errors import ConfigError, StoreError
 from moe_serve.experts.cache import ExpertCache
 from moe_serve.experts.calibration import Calibration
-from moe_serve.experts.device_transfer import DeviceTransfers, StagedTransfers
+from moe_serve.experts.device_transfer import DeviceTransfers
 from moe_serve.experts.executor import Experts
 from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.native_transfer import open_transfers
@@ -34,9 +34,11 @@ from moe_serve.experts.packing import one_at_a_time
 from moe_serve.experts.predictor_state import read_state
 from moe_serve.experts.prefetch import MAX_DISTANCE, LinkTimes, Prefetcher
 from moe_serve.experts.profile import ProfileKeeper, read_profile
+from moe_serve.experts.read_ahead import ReadAhead
 from moe_serve.experts.recorder import RoutingRecorder
 from moe_serve.experts.slots import DeviceSlots, FixedSlots, GrowingSlots, SlotMemory
 from moe_serve.experts.split import MissCosts, MissPlanner
+from moe_serve.experts.staged_transfer import StagedTransfers
 from moe_serve.experts.store import ExpertStore
 from moe_serve.experts.store_layout import store_path
 from moe_serve.experts.transfer import (
@@ -76,6 +78,7 @@ class _Tier:
     memory: SlotMemory
     times: Callable[[], LinkTimes]
     host: HostTier | HostExperts | None = None
+    ahead: ReadAhead | None = None
 
 
 class ExpertParts:
@@ -152,6 +155,7 @@ class ExpertParts:
                 self._prefetcher(cache, tier, build_predictor, self._gates(others)),
                 recorder,
                 keeper,
+                ahead=tier.ahead,
             )
             if keeper is not None:
                 experts.preload(keeper.before.hottest())
@@ -217,6 +221,11 @@ class ExpertParts:
         if self._is_held_by_host():
             return self._before_host(cache, streams)
         self._warn_of_split()
+        if self._config.experts.expert_stream_slots:
+            logger.warning(
+                "expert_stream_slots has no effect: the experts come from disk, which is slower "
+                "than the link"
+            )
         source = StoreSource(self._store(), self._layers)
         try:
             others = self._fill_others()
@@ -240,7 +249,8 @@ class ExpertParts:
         def record_of(layer: int, expert: int) -> Tensor:
             return pinned[first[self._layers[layer]] + expert]
 
-        queue = DeviceTransfers(streams, memory.records, record_of)
+        ahead = self._ahead(streams, record_of)
+        queue = DeviceTransfers(streams, memory.records, record_of, ahead=ahead)
         tables = {index: arena.table(layer) for index, layer in enumerate(self._layers)}
         planner = None
         if self._config.experts.miss == "split":
@@ -251,7 +261,14 @@ class ExpertParts:
                 "and what runs where depends on what is resident"
             )
         beside, sizes = HostExperts(tables, planner, streams), self._sizes
-        return others, _Tier(queue, memory, lambda: device_times(queue, *sizes), beside)
+        return others, _Tier(queue, memory, lambda: device_times(queue, *sizes), beside, ahead)
+
+    def _ahead(self, streams: Streams, record_of: Callable[[int, int], Tensor]) -> ReadAhead | None:
+        num_places = self._residency.stream_slots
+        if not num_places:
+            return None
+        places = DeviceSlots(num_places, self._residency.slot_bytes, self._kernels.device)
+        return ReadAhead(streams, places.records, record_of, len(self._layers))
 
     def _is_held_by_host(self) -> bool:
         """Return whether all records are to be in host memory: one kind, one rank, and room."""

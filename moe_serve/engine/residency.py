@@ -24,6 +24,7 @@ from moe_serve.engine.ranks import Share
 from moe_serve.errors import CapacityError, ConfigError
 from moe_serve.experts.cache import check_capacity
 from moe_serve.experts.policies.base import CacheShape
+from moe_serve.experts.read_ahead import default_places
 from moe_serve.experts.records import RECORD_ALIGNMENT
 from moe_serve.kernels.suite import Kernels
 from moe_serve.models.checkpoint import weights_bytes
@@ -36,6 +37,7 @@ Array = np.ndarray[Any, Any]
 
 _OF_A_CACHE = (
     "expert_cache_scope",
+    "expert_stream_slots",
     "eviction",
     "prefetch",
     "predictor",
@@ -52,7 +54,8 @@ class Residency:
     """How many experts are held. shape: None where all are, or where there are none.
 
     slot_bytes: of one expert; model_bytes: what all weights take in memory, experts among them.
-    kv_bytes: what keys and values get beside them, where that was settled here.
+    kv_bytes: what keys and values get beside them, where that was settled here. stream_slots: how
+    many experts can be on a GPU besides, on their way to a slot.
     """
 
     shape: CacheShape | None
@@ -60,6 +63,7 @@ class Residency:
     model_bytes: int
     top_k: int
     kv_bytes: int | None = None
+    stream_slots: int = 0
 
 
 def plan_residency(
@@ -103,6 +107,7 @@ def plan_residency(
     kv_bytes = None
     if slots is None:
         free = available - other_bytes - table_bytes(config, spec, max_model_len)
+        free -= (options.expert_stream_slots or 0) * slot_bytes
         kv_room = kv_room_bytes(config, spec, dtype)
         if num_held * slot_bytes <= free - kv_room:
             slots = len(layers) * most_held
@@ -132,7 +137,8 @@ def plan_residency(
     least_bytes = other_bytes + least * len(layers) * slot_bytes
     num_kv_blocks(config, spec, dtype, max_model_len, available, least_bytes)
     _check(shape, least, slot_bytes, available, options)
-    held = other_bytes + shape.total_slots * slot_bytes
+    stream_slots = _stream_slots(options, shape, slot_bytes, kernels, share)
+    held = other_bytes + (shape.total_slots + stream_slots) * slot_bytes
     if options.emulate_link is not None:
         held = all_bytes + shape.total_slots * slot_bytes
     if options.is_limited and held > available:
@@ -155,9 +161,34 @@ def plan_residency(
         len(layers),
         most_held,
         100 * shape.total_slots / (len(layers) * most_held),
-        "the rest in host memory" if options.emulate_link is not None else "the rest on disk",
+        _where_others_are(options, kernels),
     )
-    return Residency(shape, slot_bytes, held, top_k, kv_bytes)
+    return Residency(shape, slot_bytes, held, top_k, kv_bytes, stream_slots)
+
+
+def _where_others_are(options: ExpertsConfig, kernels: Kernels) -> str:
+    if options.emulate_link is not None:
+        return "the rest in host memory"
+    if kernels.name == "triton":
+        return "the rest in host memory, or on disk if they do not fit"
+    return "the rest on disk"
+
+
+def _stream_slots(
+    options: ExpertsConfig,
+    shape: CacheShape,
+    slot_bytes: int,
+    kernels: Kernels,
+    share: Share | None,
+) -> int:
+    given = options.expert_stream_slots
+    if kernels.name != "triton" or share is not None or options.expert_store is not None:
+        if given:
+            logger.warning(
+                "expert_stream_slots has no effect: it is for one GPU before a host's memory"
+            )
+        return 0
+    return default_places(shape, slot_bytes) if given is None else given
 
 
 def chances_of(uses: Array | None, num_layers: int, num_experts: int, top_k: int) -> Array:

@@ -19,12 +19,13 @@ from moe_serve.engine.engine import Engine
 from moe_serve.engine.expert_parts import ExpertParts, default_store_folder
 from moe_serve.engine.residency import Residency
 from moe_serve.errors import ConfigError, StoreError, TraceError
-from moe_serve.experts.device_transfer import DeviceTransfers, StagedTransfers
+from moe_serve.experts.device_transfer import DeviceTransfers
 from moe_serve.experts.executor import ResidentExperts
 from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.experts.predictor_state import write_state
 from moe_serve.experts.profile import UsageProfile, read_profile, write_profile
+from moe_serve.experts.staged_transfer import StagedTransfers
 from moe_serve.kernels import suite
 from moe_serve.models.checkpoint_folder import model_hash
 from moe_serve.models.hf_config import HFConfig

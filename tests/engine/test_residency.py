@@ -31,9 +31,13 @@ def spec() -> ModelSpec:
     return read_spec(HFConfig(dict(CONFIG), Path("config.json")))
 
 
-def plan(spec: ModelSpec, available: int = GIB, **options: Any) -> Residency:
+def plan(
+    spec: ModelSpec, available: int = GIB, *, on_gpu: bool = False, **options: Any
+) -> Residency:
     config = EngineConfig.from_options({"num_kv_blocks": 4, **options})
     kernels = suite.load("reference")
+    if on_gpu:
+        kernels = dataclasses.replace(kernels, name="triton")
     return plan_residency(config, spec, torch.float32, kernels, 64, available)
 
 
@@ -62,6 +66,22 @@ def test_options_say_how_many_slots_there_are(
     assert (found.shape.num_layers, found.shape.num_experts) == (NUM_LAYERS, NUM_EXPERTS)
     assert (found.slot_bytes, found.top_k) == (SLOT_BYTES, TOP_K)
     assert found.model_bytes == others_bytes(spec) + total * SLOT_BYTES
+
+
+def test_slots_to_stream_through_are_counted_and_only_where_they_are(
+    spec: ModelSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = plan(spec, expert_cache_slots=2, on_gpu=True)
+    assert plain.stream_slots == 0, "so few slots have none"
+    found = plan(spec, expert_cache_slots=2, expert_stream_slots=3, on_gpu=True)
+    assert found.stream_slots == 3
+    assert found.model_bytes == plain.model_bytes + 3 * SLOT_BYTES
+    assert "expert_stream_slots" not in caplog.text
+    assert plan(spec, expert_cache_slots=2, expert_stream_slots=3).stream_slots == 0
+    assert "expert_stream_slots has no effect" in caplog.text
+    room = others_bytes(spec) + 12 * SLOT_BYTES
+    with pytest.raises(CapacityError, match="give at most expert_cache_slots 2"):
+        plan(spec, room, expert_cache_slots=3, expert_stream_slots=8, on_gpu=True)
 
 
 def test_behind_a_link_the_host_s_records_count_too(spec: ModelSpec) -> None:

@@ -17,6 +17,7 @@ from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.offload import OffloadedExperts
 from moe_serve.experts.policies import lru
 from moe_serve.experts.policies.base import CacheShape
+from moe_serve.experts.read_ahead import ReadAhead
 from moe_serve.experts.records import ExpertArena
 from moe_serve.experts.slots import DeviceSlots
 from moe_serve.experts.split import MissPlanner
@@ -48,8 +49,15 @@ MOST_APART = 2e-5
 class Harness:
     """Offloaded experts of two layers in a device's slots, beside all of them in host memory."""
 
-    def __init__(self, kind: str, num_slots: int, in_place: bool | None, seed: int = 0) -> None:
-        """in_place: None: nothing runs on the host."""
+    def __init__(
+        self,
+        kind: str,
+        num_slots: int,
+        in_place: bool | None,
+        seed: int = 0,
+        num_places: int = 0,
+    ) -> None:
+        """in_place: None: nothing runs on the host; num_places: for what is read ahead."""
         self.late = LateStreams(seed) if kind == "late" else None
         device = torch.device("cuda" if kind == "cuda" else "cpu")
         self.streams: Streams = self.late or streams(device)
@@ -68,14 +76,24 @@ class Harness:
         self.arena.pack(plain.pack_records_, plain.record_layout)
         pinned = self.streams.pin(self.arena.records)
         self.slots = DeviceSlots(total, self.arena.record_bytes, device)
-        self.queue = DeviceTransfers(
-            self.streams, self.slots.records, lambda layer, e: pinned[layer * NUM_EXPERTS + e], 4096
-        )
+
+        def record_of(layer: int, expert: int) -> Tensor:
+            self.num_over_link += 1
+            return pinned[layer * NUM_EXPERTS + expert]
+
+        self.num_over_link = 0
+        self.ahead: ReadAhead | None = None
+        if num_places:
+            places = DeviceSlots(num_places, self.arena.record_bytes, device).records
+            self.ahead = ReadAhead(self.streams, places, record_of, len(LAYERS))
+        self.queue = DeviceTransfers(self.streams, self.slots.records, record_of, 4096, self.ahead)
         shape = CacheShape(
             num_layers=len(LAYERS), num_experts=NUM_EXPERTS, slots_per_layer=num_slots,
             total_slots=total,
         )  # fmt: skip
-        self.cache = ExpertCache(shape, lru.build(shape, None), TOP_K)
+        self.cache = ExpertCache(
+            shape, lru.build(shape, None), TOP_K, record_bytes=self.arena.record_bytes
+        )
         slot_of_expert = torch.from_numpy(self.cache.slot_of_expert)
         self.tables = {
             layer: ExpertTable(
@@ -89,8 +107,9 @@ class Harness:
         host_tables = {index: self.arena.table(layer) for index, layer in enumerate(LAYERS)}
         self.host = HostExperts(host_tables, planner, self.streams)
         self.experts = OffloadedExperts(
-            self._launch, self.tables, self.cache, self.queue, self.slots, self.host
-        )
+            self._launch, self.tables, self.cache, self.queue, self.slots, self.host,
+            ahead=self.ahead,
+        )  # fmt: skip
         self.launches: list[list[int]] = []
         self._results: list[tuple[Tensor, Tensor]] = []
 
@@ -149,10 +168,11 @@ def _moved(inbox: Any, device: torch.device) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_slots", [2, 3, 5, 8])
 @pytest.mark.parametrize("in_place", [None, True, False])
+@pytest.mark.parametrize("num_places", [0, 1, 3, 9])
 def test_any_step_gives_the_bits_of_all_in_memory(
-    kind: str, num_slots: int, in_place: bool | None
+    kind: str, num_slots: int, in_place: bool | None, num_places: int
 ) -> None:
-    harness = Harness(kind, num_slots, in_place, seed=num_slots)
+    harness = Harness(kind, num_slots, in_place, num_slots, num_places)
     chance = random.Random(num_slots)
     used = np.zeros((len(LAYERS), NUM_EXPERTS), np.int64)
     for _ in range(40):

@@ -19,8 +19,8 @@ from moe_serve.experts.device_transfer import (
     CHUNK_BYTES,
     MOST_CHUNKS,
     DeviceTransfers,
-    StagedTransfers,
 )
+from moe_serve.experts.staged_transfer import StagedTransfers
 from moe_serve.experts.store import ExpertStore
 from moe_serve.experts.transfer import StoreSource, Transfer, Transfers
 from moe_serve.kernels.gpu.streams import HostStreams, Streams, streams
