@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 from moe_serve.engine.kv_cache import KVCacheManager
-from moe_serve.engine.sampler import Sampler
+from moe_serve.engine.sampler import Sampler, told_logprobs
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
 from moe_serve.engine.step_parts import halves, joined
 from moe_serve.engine.warm_up import nobodys_prompts, nobodys_sequences, sizes_up_to
 from moe_serve.kernels.forward.gpu import Forward as GraphedForward
 from moe_serve.models.decoder import Decoder
-from moe_serve.types import ForwardBatch, TokenLogprobs
+from moe_serve.types import ForwardBatch
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ModelRunner:
         self._kv = kv
         self._block_size = kv.block_size
         self._sampler = sampler
+        self._shuttle = sampler.shuttle
         self._device = model.kernels.device
         self._most_tokens = sys.maxsize
         self._caches = model.allocate_caches(num_blocks, kv.block_size)
@@ -123,23 +125,38 @@ class ModelRunner:
         if self._may_return_routing:
             wanting = [index for index, one in enumerate(step.sequences) if one.routing is not None]
         hidden, ids = self._forward(batch, bool(wanting))  # [num_tokens, hidden_size]
+        # A GPU is at the forward pass now, and nothing up to `fetched` waits for it.
+        plan = self._sampler.plan(step.sampled)
+        prompts = _prompt_parts(step)
+        rows, columns, targets = self._shuttle.sent(
+            (
+                _sample_rows(batch) if step.sampled else None,
+                plan.columns,
+                tuple(part.targets for part in prompts),
+            )
+        )
+        launched = None
         if step.sampled:
-            logits = self.model.logits(self._sample_rows(batch, hidden))
-            output = self._sampler.sample(logits, step.sampled)
-        else:
+            logits = self.model.logits(hidden if rows is None else hidden[rows])
+            launched = self._sampler.launch(logits, columns)
+        known = tuple(
+            self._sampler.known_logprobs(self.model.logits(hidden[part.rows]), token_ids, part.top)
+            for part, token_ids in zip(prompts, targets, strict=True)
+        )
+        is_finite = hidden.sum(-1, dtype=torch.float32).isfinite()  # [num_tokens]
+        launched, known, is_finite = self._shuttle.fetched((launched, known, is_finite))
+        if launched is None:
             output = SamplerOutput([])
-        output.sequence_errors.update(_not_finite(step, hidden))
-        output.prompt_logprobs.update(self._prompt_logprobs(step, hidden))
+        else:
+            output = self._sampler.told(plan, logits, launched)
+        output.sequence_errors.update(_not_finite(step, is_finite))
+        for part, found in zip(prompts, known, strict=True):
+            entries = output.prompt_logprobs.setdefault(part.index, [])
+            for chunk in found:
+                entries += told_logprobs(chunk, [part.top] * len(chunk.token_ids))
         if ids is not None:
             output.routed_experts.update(self._routed_experts(step, ids, wanting))
         return output
-
-    def _sample_rows(self, batch: ForwardBatch, hidden: Tensor) -> Tensor:
-        """Return the rows of `hidden` after which tokens are sampled: often all, in their order."""
-        rows = batch.sample_rows
-        if torch.equal(rows, torch.arange(batch.num_tokens)):
-            return hidden
-        return hidden[rows.to(self._device)]
 
     def _forward(self, batch: ForwardBatch, is_noted: bool) -> tuple[Tensor, Tensor | None]:
         """Run the model; return its rows and, where asked for, which experts the tokens used.
@@ -177,38 +194,52 @@ class ModelRunner:
                     blocks = cache.view(cache.shape[0], -1, size, cache.shape[2])
                     blocks[:, targets] = blocks[:, sources]
 
-    def _prompt_logprobs(
-        self, step: ScheduledStep, hidden: Tensor
-    ) -> dict[int, list[TokenLogprobs]]:
-        """Return the logprobs of the prompt tokens after each that ran, where asked for."""
-        found: dict[int, list[TokenLogprobs]] = {}
-        start = 0
-        for index, (sequence, length) in enumerate(
-            zip(step.sequences, step.query_lens, strict=True)
-        ):
-            top = sequence.request.sampling.prompt_logprobs
+
+def _sample_rows(batch: ForwardBatch) -> Tensor | None:
+    """Return after which of the batch's rows tokens are sampled; None for all, in order: often."""
+    rows = batch.sample_rows
+    if rows.shape[0] == batch.num_tokens and torch.equal(rows, torch.arange(batch.num_tokens)):
+        return None
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptPart:
+    """Some tokens of a prompt whose successors' logprobs are asked for.
+
+    index: of the sequence in its step. rows: where the tokens are among all of the step. targets:
+    the tokens that follow them, int64. top: of how many others logprobs are told as well.
+    """
+
+    index: int
+    rows: slice
+    targets: Tensor
+    top: int
+
+
+def _prompt_parts(step: ScheduledStep) -> list[_PromptPart]:
+    """Return what prompt logprobs are asked for in a step, `_LOGIT_ROWS` rows at most each."""
+    found: list[_PromptPart] = []
+    start = 0
+    for index, (sequence, length) in enumerate(zip(step.sequences, step.query_lens, strict=True)):
+        top = sequence.request.sampling.prompt_logprobs
+        if top is not None and sequence.index == 0:
             first = sequence.num_computed_tokens + step.num_skipped + 1
             # the row of the last prompt token speaks of an output, not of a prompt token
             count = min(first + length, sequence.num_prompt_tokens) - first
-            if top is not None and sequence.index == 0 and count > 0:
-                found[index] = []
-                for offset in range(0, count, _LOGIT_ROWS):
-                    size = min(_LOGIT_ROWS, count - offset)
-                    logits = self.model.logits(hidden[start + offset : start + offset + size])
-                    targets = torch.tensor(
-                        sequence.token_ids[first + offset : first + offset + size]
-                    )
-                    found[index] += self._sampler.prompt_logprobs(logits, targets, top)
-            start += length
-        return found
+            for offset in range(0, count, _LOGIT_ROWS):
+                end = min(offset + _LOGIT_ROWS, count)
+                targets = torch.tensor(sequence.token_ids[first + offset : first + end])
+                found.append(_PromptPart(index, slice(start + offset, start + end), targets, top))
+        start += length
+    return found
 
 
-def _not_finite(step: ScheduledStep, hidden: Tensor) -> dict[int, str]:
-    """Name the sequences with a row of `hidden`, [num_tokens, hidden_size], that is not finite.
+def _not_finite(step: ScheduledStep, is_finite: Tensor) -> dict[int, str]:
+    """Name the sequences with a hidden row that is not finite; is_finite: bool [num_tokens].
 
     Rows that are not sampled too: their keys and values would be found by other prompts.
     """
-    is_finite = hidden.sum(-1, dtype=torch.float32).isfinite()
     if bool(is_finite.all()):
         return {}
     parts = torch.split(is_finite, step.query_lens)

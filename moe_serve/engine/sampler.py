@@ -1,335 +1,190 @@
-"""From logits to tokens: reads what each sequence asks for, and calls the sampling kernels.
+"""From logits to tokens: plans what each sequence asks for, and calls the sampling kernels.
 
 It keeps no state: a token is a function of the sequence's request, index and tokens, and of its row
 of logits. The order of operations is vLLM's: raw logprobs; the grammar; allowed_token_ids, bad
 words and min_tokens; logit_bias; repetition, frequency and presence penalties; the greedy choice,
 or temperature, min_p, top_k, top_p and the noise. A row pays only for what its request asks.
 
+Three parts, so that nobody waits for a device but once, for all results: `plan` needs no logits,
+`launch` asks the device for nothing, and `told` reads what has come back. Hence a row that turns
+out to be wrong has been sampled, too: the kernels must bear it, and nobody is told what they gave.
+
 It does not know how logits are made, nor when a sequence ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from operator import attrgetter
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_serve.engine.grammar import Allowed
-from moe_serve.engine.grammar_compiler import GrammarError
+from moe_serve.engine.sampling_plan import Columns, Draw, Edits, Plan, Planner
 from moe_serve.engine.sequence import SamplerOutput, Sequence
+from moe_serve.kernels.gpu.staging import Shuttle
+from moe_serve.kernels.gpu.streams import streams
 from moe_serve.kernels.sampling.base import Sampling
 from moe_serve.types import TokenLogprobs
 
-T = TypeVar("T")
-
-MIN_TEMPERATURE = 1e-5  # as vLLM: at less the choice is the greedy one
 # Logits that are copied at once: what a core's cache holds, or what device memory can spare.
 CHUNK_ELEMENTS_CPU = 2**19
 CHUNK_ELEMENTS_DEVICE = 2**26
 
-_FILTERS = attrgetter("temperature", "min_p", "top_k", "top_p")
-_EDITS = attrgetter(
-    "allowed_token_ids",
-    "logit_bias",
-    "min_tokens",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "structured_outputs",
-)
-_NO_EDITS = (None, None, 0, 1, 0, 0, None)
+
+class Logprobs(NamedTuple):
+    """Of some tokens: ids, logprobs and ranks [num_rows], the best ones' [num_rows, most]."""
+
+    token_ids: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+
+class Launched(NamedTuple):
+    """What comes of a plan. token_ids, is_finite: int64 and bool [num_rows].
+
+    highest: by chunk of the edited rows, the largest logit that the edits left, float32
+    [num_edited]. logprobs: by chunk of those who asked.
+    """
+
+    token_ids: Tensor
+    is_finite: Tensor
+    highest: tuple[Tensor, ...]
+    logprobs: tuple[Logprobs, ...]
 
 
 class Sampler:
     """Chooses the next token of each sequence.
 
     Token ids outside the vocabulary are passed over wherever a request names them: no such token
-    can be sampled.
+    can be sampled. shuttle: the way to the device and back.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, kernels: Sampling) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device,
+        kernels: Sampling,
+        shuttle: Shuttle | None = None,
+    ) -> None:
+        """shuttle: None for one of the device's own."""
         self.vocab_size = vocab_size
-        self.device = device
         self.kernels = kernels
+        self.shuttle = Shuttle(streams(device)) if shuttle is None else shuttle
         self.hashes = kernels.token_hashes(vocab_size, device)  # [vocab_size]
         elements = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
-        self.rows_per_chunk = max(1, elements // vocab_size)
+        self._planner = Planner(vocab_size, max(1, elements // vocab_size), kernels)
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
         """Choose the token that each sequence receives, and its logprobs where they were asked for.
 
-        logits: float32 [num_samples, vocab_size], read only; row i is for sequences[i]. A row that
-        is not finite, all of whose tokens are forbidden, or whose grammar exceeds a limit, gives an
-        entry of `errors`, and the other rows are as if it were not there. Syncs the host.
+        logits: as in `launch`. Syncs the host, once.
         """
-        assert logits.shape == (len(sequences), self.vocab_size), logits.shape
+        plan = self.plan(sequences)
+        launched = self.launch(logits, self.shuttle.sent(plan.columns))
+        return self.told(plan, logits, self.shuttle.fetched(launched))
+
+    def plan(self, sequences: list[Sequence]) -> Plan:
+        """Find out what the sequences ask for. Its columns are what `launch` takes."""
+        return self._planner.plan(sequences)
+
+    def launch(self, logits: Tensor, columns: Columns) -> Launched:
+        """Have tokens chosen; nothing waits for that.
+
+        logits: float32 [num_samples, vocab_size], read only; row i is for the plan's sequence i.
+        columns: of the plan, where the logits are.
+        """
         assert logits.dtype == torch.float32, logits.dtype
         best, is_finite = self.kernels.greedy_checked(logits)
-        token_ids: list[int] = best.tolist()
-        finite: list[bool] = is_finite.tolist()
+        token_ids = self._drawn(best, logits, columns.draw)
+        highest = []
+        for edits in columns.edits:
+            part = logits[edits.rows]  # a copy
+            self._edit_(part, edits)
+            best, _ = self.kernels.greedy_checked(part)
+            highest.append(part.gather(1, best[:, None]).squeeze(1))
+            token_ids[edits.rows] = self._drawn(best, part, edits.draw)
+        logprobs = tuple(
+            self._logprobs(logits[rows], token_ids[rows], most) for rows, most in columns.asked
+        )
+        return Launched(token_ids, is_finite, tuple(highest), logprobs)
+
+    def told(self, plan: Plan, logits: Tensor, launched: Launched) -> SamplerOutput:
+        """Return what came of a plan. launched: in host memory.
+
+        A row that is not finite, all of whose tokens are forbidden, or whose grammar exceeds a
+        limit, gives an entry of `errors`, and the other rows are as if it were not there. Syncs the
+        host for rows that are not finite.
+        """
+        assert logits.shape == (plan.num_rows, self.vocab_size), logits.shape
+        finite: list[bool] = launched.is_finite.tolist()
         errors = {row: _not_finite(logits[row]) for row, ok in enumerate(finite) if not ok}
-        edited, sampled = [], []
-        for row, sequence in enumerate(sequences):
-            if _is_edited(sequence):
-                edited.append(row)
-            elif not _is_greedy(sequence):
-                sampled.append(row)
-        if errors:
-            edited = [row for row in edited if row not in errors]
-            sampled = [row for row in sampled if row not in errors]
-
-        refused: dict[int, str] = {}
-        self._sample_into(token_ids, logits, sampled, sequences)
-        for rows in self._chunks(edited):
-            allowed, failed = _allowed(rows, sequences)
-            refused |= failed
-            rows = [row for row in rows if row not in failed]
-            part = [sequences[row] for row in rows]
-            masks = [allowed.get(row) for row in rows]
-            chosen, wrong = self._edit_and_choose(logits[rows], part, masks)  # copies the logits
-            _put(token_ids, rows, chosen)
-            refused |= {rows[index]: error for index, error in wrong.items()}
+        refused = {row: error for row, error in plan.failed.items() if row not in errors}
+        for rows, highest in zip(plan.edited, launched.highest, strict=True):
+            for row, value in zip(rows, highest.tolist(), strict=True):
+                if np.isinf(value) and row not in errors:
+                    refused[row] = _no_choice(value)
         errors |= refused
-        return SamplerOutput(
-            token_ids,
-            self._logprobs(logits, sequences, token_ids, errors),
-            errors,
-            set(refused),
-        )
+        logprobs: list[TokenLogprobs | None] | None = None
+        if plan.asked:
+            logprobs = [None] * plan.num_rows
+            for chunk, found in zip(plan.asked, launched.logprobs, strict=True):
+                entries = told_logprobs(found, [top for _, top in chunk])
+                for (row, _), entry in zip(chunk, entries, strict=True):
+                    logprobs[row] = None if row in errors else entry
+        return SamplerOutput(launched.token_ids.tolist(), logprobs, errors, set(refused))
 
-    def prompt_logprobs(
-        self, logits: Tensor, next_token_ids: Tensor, top: int
-    ) -> list[TokenLogprobs]:
-        """Give the logprobs of known tokens: next_token_ids[i] by row i of the logits.
+    def known_logprobs(self, logits: Tensor, token_ids: Tensor, top: int) -> tuple[Logprobs, ...]:
+        """Look up the logprobs of known tokens, token_ids[i] by row i of the logits, by chunk.
 
-        logits: float32 [num_tokens, vocab_size]; next_token_ids: int64 [num_tokens]. A row that is
-        not finite gives NaN. Syncs the host.
+        logits: float32 [num_tokens, vocab_size]; token_ids: int64 [num_tokens], where the logits
+        are. A row that is not finite gives NaN. Nothing waits for it.
         """
-        found: list[TokenLogprobs] = []
-        for rows in self._chunks(list(range(logits.shape[0]))):
-            part = slice(rows[0], rows[-1] + 1)
-            token_ids = next_token_ids[part].to(self.device)
-            found += self._token_logprobs(logits[part], token_ids, [top] * len(rows))
-        return found
+        most = min(top, self.vocab_size)
+        size = self._planner.rows_per_chunk
+        chunks = zip(torch.split(logits, size), torch.split(token_ids, size), strict=True)
+        return tuple(self._logprobs(rows, ids, most) for rows, ids in chunks if len(ids))
 
-    def _sample_into(
-        self, token_ids: list[int], logits: Tensor, rows: list[int], sequences: list[Sequence]
-    ) -> None:
-        """Set token_ids[row] for the rows given, whose logits must have a finite maximum.
-
-        logits: [len(sequences), vocab_size]. Leaves the other rows as they are.
-        """
-        if not rows:
-            return
-        if len(rows) < len(sequences):
-            logits = logits[rows]
-            sequences = [sequences[row] for row in rows]
-        filters = np.array([_FILTERS(sequence.request.sampling) for sequence in sequences])
-        temperature, min_p, top_k, top_p = filters.T  # float64 [num_rows] each
-        top_k = np.where(top_k > 0, top_k, self.vocab_size)
-        keys = self.kernels.row_keys(
-            [sequence.seed for sequence in sequences],
-            [len(sequence.token_ids) for sequence in sequences],
-        )
+    def _drawn(self, token_ids: Tensor, logits: Tensor, draw: Draw | None) -> Tensor:
+        """Return the greedy choices with those of drawn rows in place of them. May use them up."""
+        if draw is None:
+            return token_ids
+        part = logits if draw.rows is None else logits[draw.rows]
         chosen = self.kernels.sample(
-            logits,
-            self._column(temperature, np.float32),
-            self._column(min_p, np.float32) if min_p.any() else None,
-            self._column(top_k, np.int64) if (top_k < self.vocab_size).any() else None,
-            self._column(top_p, np.float64) if (top_p < 1).any() else None,
-            keys.to(self.device),
-            self.hashes,
+            part, draw.temperature, draw.min_p, draw.top_k, draw.top_p, draw.keys, self.hashes
         )
-        _put(token_ids, rows, chosen.tolist())
+        if draw.rows is None:
+            return chosen
+        token_ids[draw.rows] = chosen
+        return token_ids
 
-    def _edit_and_choose(
-        self, logits: Tensor, sequences: list[Sequence], masks: list[Allowed | None]
-    ) -> tuple[list[int], dict[int, str]]:
-        """Edit the logits in place and choose from what is left; all must be finite before.
-
-        masks: what the grammars allow, bool [vocab_size], where there is one. Returns a token for
-        each sequence, and why there is none, by index.
-        """
-        for row, allowed in enumerate(masks):
-            if allowed is not None:
-                is_forbidden = torch.from_numpy(~allowed).to(self.device)
-                logits[row].masked_fill_(is_forbidden, -torch.inf)
-        self._edit_(logits, sequences)
-        best, _ = self.kernels.greedy_checked(logits)
-        token_ids: list[int] = best.tolist()
-        highest: list[float] = logits.gather(1, best[:, None]).squeeze(1).tolist()
-        errors = {row: _no_choice(value) for row, value in enumerate(highest) if np.isinf(value)}
-        sampled = [
-            row
-            for row, sequence in enumerate(sequences)
-            if row not in errors and not _is_greedy(sequence)
-        ]
-        self._sample_into(token_ids, logits, sampled, sequences)
-        return token_ids, errors
-
-    def _edit_(self, logits: Tensor, sequences: list[Sequence]) -> None:
+    def _edit_(self, logits: Tensor, edits: Edits) -> None:
         """Forbid tokens, add biases and penalise, in place and in this order."""
-        params = [sequence.request.sampling for sequence in sequences]
-        limited = [row for row, p in enumerate(params) if p.allowed_token_ids is not None]
-        if limited:
-            pairs = self._pairs(p.allowed_token_ids or () for p in params)
-            self.kernels.keep_only_(logits, self._tensor(limited), *pairs)
-        if any(forbidden := [_forbidden_ids(sequence) for sequence in sequences]):
-            self.kernels.forbid_(logits, *self._pairs(forbidden))
-        biases = [self._in_vocabulary(p.logit_bias or {}) for p in params]
-        if any(biases):
-            values = [value for bias in biases for value in bias.values()]
-            bias_values = self._tensor(values, torch.float32)
-            self.kernels.add_bias_(logits, *self._pairs(biases), bias_values)
-        if any(_is_penalised(sequence) for sequence in sequences):
-            self._penalise_(logits, sequences)
+        if edits.is_forbidden is not None:
+            count = edits.is_forbidden.shape[0]
+            logits[:count].masked_fill_(edits.is_forbidden, -torch.inf)
+        if edits.kept is not None:
+            self.kernels.keep_only_(logits, *edits.kept)
+        if edits.forbidden is not None:
+            self.kernels.forbid_(logits, *edits.forbidden)
+        if edits.bias is not None:
+            self.kernels.add_bias_(logits, *edits.bias)
+        if edits.penalties is not None:
+            self.kernels.penalise_(logits, *edits.penalties)
 
-    def _penalise_(self, logits: Tensor, sequences: list[Sequence]) -> None:
-        ids: list[npt.NDArray[np.int64]] = []
-        counts: list[npt.NDArray[np.int64]] = []
-        strengths: list[tuple[float, float, float]] = []  # of each pair
-        for sequence in sequences:
-            params = sequence.request.sampling
-            seen, seen_counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-            if _is_penalised(sequence):
-                seen, seen_counts = _token_counts(sequence, self.vocab_size)
-            ids.append(seen)
-            counts.append(seen_counts)
-            strengths.append(
-                (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-            )
-        rows, pair_ids = self._pairs(ids)
-        of_pair = self._tensor(strengths, torch.float32)[rows]  # [num_pairs, 3]
-        output_counts = torch.from_numpy(np.concatenate(counts)).to(self.device)
-        self.kernels.penalise_(logits, rows, pair_ids, output_counts, *of_pair.unbind(1))
-
-    def _logprobs(
-        self,
-        logits: Tensor,
-        sequences: list[Sequence],
-        token_ids: list[int],
-        errors: dict[int, str],
-    ) -> list[TokenLogprobs | None] | None:
-        tops = [sequence.request.sampling.logprobs for sequence in sequences]
-        if all(top is None for top in tops):
-            return None
-        found: list[TokenLogprobs | None] = [None] * len(sequences)
-        asked = [
-            (row, top) for row, top in enumerate(tops) if top is not None and row not in errors
-        ]
-        for chunk in self._chunks(asked):
-            rows = [row for row, _ in chunk]
-            chosen = self._tensor([token_ids[row] for row in rows])
-            _put(found, rows, self._token_logprobs(logits[rows], chosen, [top for _, top in chunk]))
-        return found
-
-    def _token_logprobs(
-        self, logits: Tensor, token_ids: Tensor, tops: list[int]
-    ) -> list[TokenLogprobs]:
-        most = min(max(tops), self.vocab_size)
-        columns = self.kernels.chosen_logprobs(logits, token_ids, most)
-        rows = zip(token_ids.tolist(), tops, *(column.tolist() for column in columns), strict=True)
-        return [
-            TokenLogprobs(token_id, logprob, rank, tuple(zip(ids[:top], values[:top], strict=True)))
-            for token_id, top, logprob, rank, ids, values in rows
-        ]
-
-    def _pairs(self, ids_of_row: Iterable[Iterable[int]]) -> tuple[Tensor, Tensor]:
-        """Flatten each row's token ids to pairs (rows, ids): int64 [num_pairs] both."""
-        ids = [np.fromiter(row_ids, np.int64) for row_ids in ids_of_row]
-        rows = np.repeat(np.arange(len(ids)), [len(row_ids) for row_ids in ids])
-        flat = np.concatenate(ids)
-        is_known = flat < self.vocab_size
-        pairs = torch.from_numpy(np.stack([rows[is_known], flat[is_known]])).to(self.device)
-        return pairs[0], pairs[1]
-
-    def _in_vocabulary(self, bias: Mapping[int, float]) -> dict[int, float]:
-        return {token_id: value for token_id, value in bias.items() if token_id < self.vocab_size}
-
-    def _chunks(self, items: list[T]) -> Iterator[list[T]]:
-        """Cut what there is one of per row into pieces of at most `rows_per_chunk`."""
-        for start in range(0, len(items), self.rows_per_chunk):
-            yield items[start : start + self.rows_per_chunk]
-
-    def _column(self, values: npt.NDArray[np.float64], dtype: npt.DTypeLike) -> Tensor:
-        return torch.from_numpy(values.astype(dtype)).to(self.device)
-
-    def _tensor(self, values: object, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+    def _logprobs(self, logits: Tensor, token_ids: Tensor, most: int) -> Logprobs:
+        return Logprobs(token_ids, *self.kernels.chosen_logprobs(logits, token_ids, most))
 
 
-def _allowed(
-    rows: list[int], sequences: list[Sequence]
-) -> tuple[dict[int, Allowed], dict[int, str]]:
-    """Return what the grammars allow, and why one failed, by row; others are in neither."""
-    allowed: dict[int, Allowed] = {}
-    errors: dict[int, str] = {}
-    for row in rows:
-        sequence = sequences[row]
-        if sequence.matcher is not None:
-            try:
-                allowed[row] = sequence.matcher.allowed(sequence.token_ids)
-            except GrammarError as error:
-                errors[row] = f"structured_outputs: {error}"
-    return allowed, errors
-
-
-def _put(into: list[T], at: list[int], values: Iterable[T]) -> None:
-    for index, value in zip(at, values, strict=True):
-        into[index] = value
-
-
-def _is_penalised(sequence: Sequence) -> bool:
-    params = sequence.request.sampling
-    if params.repetition_penalty != 1:
-        return True
-    return bool(params.presence_penalty or params.frequency_penalty)
-
-
-def _is_greedy(sequence: Sequence) -> bool:
-    return sequence.request.sampling.temperature < MIN_TEMPERATURE
-
-
-def _is_edited(sequence: Sequence) -> bool:
-    """Tell whether the row's logits change before a token is chosen."""
-    params = sequence.request.sampling
-    if _EDITS(params) == _NO_EDITS:  # nearly always: one look, not six
-        return bool(sequence.request.bad_words_ids)
-    return (
-        params.allowed_token_ids is not None
-        or bool(params.logit_bias or sequence.request.bad_words_ids)
-        or sequence.num_output_tokens < params.min_tokens
-        or sequence.matcher is not None
-        or _is_penalised(sequence)
-    )
-
-
-def _forbidden_ids(sequence: Sequence) -> list[int]:
-    """List the ids that would complete a bad word, or end the output before min_tokens."""
-    request = sequence.request
-    forbidden: list[int] = []
-    if sequence.num_output_tokens < request.sampling.min_tokens:
-        forbidden += [*request.eos_token_ids, *request.sampling.stop_token_ids]
-    for *before, last in filter(None, request.bad_words_ids):
-        start = len(sequence.token_ids) - len(before)
-        if start >= sequence.num_prompt_tokens and sequence.token_ids[start:] == before:
-            forbidden.append(last)
-    return forbidden
-
-
-def _token_counts(
-    sequence: Sequence, vocab_size: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the ids in the prompt and output, each once, and how often each is in the output."""
-    ids, index = np.unique(np.array(sequence.token_ids, np.int64), return_inverse=True)
-    counts = np.bincount(index[sequence.num_prompt_tokens :], minlength=len(ids))
-    is_known = ids < vocab_size
-    return ids[is_known], counts[is_known]
+def told_logprobs(found: Logprobs, tops: list[int]) -> list[TokenLogprobs]:
+    """Return what is told of each token. found: in host memory; tops: how many each row wants."""
+    rows = zip(tops, *(column.tolist() for column in found), strict=True)
+    return [
+        TokenLogprobs(token_id, logprob, rank, tuple(zip(ids[:top], values[:top], strict=True)))
+        for top, token_id, logprob, rank, ids, values in rows
+    ]
 
 
 def _not_finite(logits: Tensor) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_serve.engine.grammar import Matcher
 from moe_serve.engine.grammar_compiler import GrammarError
-from moe_serve.engine.sampler import Sampler
+from moe_serve.engine.sampler import Sampler, told_logprobs
 from moe_serve.engine.sequence import SamplerOutput, Sequence
 from moe_serve.kernels.sampling import reference
 from moe_serve.types import Request, SamplingParams, TokenLogprobs
@@ -504,6 +504,15 @@ def test_logprobs_are_the_models_own(make_sampler: MakeSampler) -> None:
     assert sample_one(make_sampler, [1.0, 2.0], make_sequence()).logprobs is None
 
 
+def prompt_logprobs(
+    sampler: Sampler, logits: Tensor, token_ids: Tensor, top: int
+) -> list[TokenLogprobs]:
+    found = sampler.known_logprobs(logits, token_ids, top)
+    return [
+        entry for chunk in found for entry in told_logprobs(chunk, [top] * len(chunk.token_ids))
+    ]
+
+
 def test_prompt_logprobs_equal_those_of_sampling_to_the_bit(make_sampler: MakeSampler) -> None:
     torch.manual_seed(10)
     vocab_size = 200_000  # more than one chunk
@@ -513,12 +522,12 @@ def test_prompt_logprobs_equal_those_of_sampling_to_the_bit(make_sampler: MakeSa
     sampled = sampler.sample(logits, rows)
     assert sampled.logprobs is not None
     next_ids = torch.tensor(sampled.token_ids)
-    prompt = sampler.prompt_logprobs(logits, next_ids, top=4)
+    prompt = prompt_logprobs(sampler, logits, next_ids, top=4)
     assert [bits(entry) for entry in prompt] == [bits(entry) for entry in sampled.logprobs]
     assert [entry.rank for entry in prompt] == [1] * 7
-    without_top = sampler.prompt_logprobs(logits[3:4], next_ids[3:4], top=0)
+    without_top = prompt_logprobs(sampler, logits[3:4], next_ids[3:4], top=0)
     assert without_top == [TokenLogprobs(prompt[3].token_id, prompt[3].logprob, 1)]
-    assert sampler.prompt_logprobs(logits[:0], next_ids[:0], top=3) == []
+    assert prompt_logprobs(sampler, logits[:0], next_ids[:0], top=3) == []
 
 
 class Allowing:

@@ -244,6 +244,39 @@ def test_a_filter_that_no_row_asks_for_may_be_none(sampling: Sampling, left_out:
     assert torch.equal(got, options.sampled(sampling, logits))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of interpreted kernels
+@pytest.mark.parametrize("vocab_size", [17, 1000, 5000])
+@pytest.mark.parametrize(
+    "filters",
+    [(1.0, 0.0, 10**9, 1.0), (0.7, 0.05, 10**9, 1.0), (0.7, 0.0, 12, 1.0), (0.7, 0.02, 40, 0.9)],
+    ids=["none", "min_p", "top_k", "all"],
+)
+def test_a_wrong_row_gets_some_token_and_changes_no_other(
+    sampling: Sampling, filters: tuple[float, float, int, float], vocab_size: int
+) -> None:
+    """The host learns that a row is wrong only when all of it has been sampled."""
+    good = rough_logits(12, vocab_size, 5, 3.0)
+    logits = good.clone()
+    logits[1] = torch.nan
+    logits[2] = -torch.nan
+    logits[3] = -torch.inf
+    logits[5] = torch.inf
+    for row, value in ((6, torch.nan), (7, torch.inf), (8, -torch.nan)):
+        logits[row, vocab_size // 2] = value
+    logits[9, ::3], logits[9, 1::3], logits[9, 2::3] = torch.nan, torch.inf, -torch.inf
+    options = Options([filters] * 12)
+    chosen, expected = options.sampled(sampling, logits), options.sampled(sampling, good)
+    best, _ = sampling.greedy_checked(logits)
+    for ids in (chosen, best):
+        assert ((ids >= 0) & (ids < vocab_size)).all()
+    columns = sampling.chosen_logprobs(logits, chosen, 5)
+    expected_columns = sampling.chosen_logprobs(good, expected, 5)
+    for row in (0, 4, 10, 11):
+        assert chosen[row] == expected[row]
+        for one, other in zip(columns, expected_columns, strict=True):
+            assert torch.equal(one[row], other[row])
+
+
 @pytest.mark.parametrize("name", TRITON[:1])
 @pytest.mark.parametrize("is_filtered", [False, True])
 def test_never_waits_for_the_device(name: str, is_filtered: bool) -> None:

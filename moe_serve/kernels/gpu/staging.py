@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ _ALIGNMENT = 256  # of each tensor: what kernels load best, and torch's allocato
 _TURNS = 4
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 class Layout:
@@ -102,3 +104,65 @@ class Incoming:
             stream.copy(into, source)
         stream.record().wait()
         return copied
+
+
+class Shuttle:
+    """Takes values to the device and brings them back, all tensors of one in a single copy.
+
+    A value is a tensor, a tuple of values (named or not), or anything else, which stays as it is.
+    Where the device is the CPU so are tensors.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self._is_here = streams.device.type == "cpu"
+        self._outgoing, self._incoming = Outgoing(streams), Incoming(streams)
+
+    def sent(self, value: T) -> T:
+        """Return it with the tensors that are in host memory on the device. Nothing waits for it.
+
+        But a call that comes when several others are under way: see `Outgoing.memory`.
+        """
+        if self._is_here:
+            return value
+        return cast(T, _with(value, iter(self._outgoing.tensors(list(_tensors_in(value))))))
+
+    def fetched(self, value: T) -> T:
+        """Return it, whose tensors are on the device, in host memory; waits for it, once.
+
+        Valid until the next call.
+        """
+        if self._is_here:
+            return value
+        sources = list(_tensors_in(value))
+        if not sources:
+            return value
+        # the widest first: each then begins at a multiple of its own width
+        order = sorted(range(len(sources)), key=lambda index: -sources[index].itemsize)
+        packed = torch.cat([sources[index].reshape(-1).view(torch.uint8) for index in order])
+        (memory,) = self._incoming.fetch([packed])
+        found: dict[int, Tensor] = {}
+        begin = 0
+        for index in order:
+            source = sources[index]
+            end = begin + source.nbytes
+            found[index] = memory[begin:end].view(source.dtype).view(source.shape)
+            begin = end
+        return cast(T, _with(value, (found[index] for index in range(len(sources)))))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors_in(part)
+
+
+def _with(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return `value` with these tensors in place of its own, in their order."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if not isinstance(value, tuple):
+        return value
+    parts = [_with(part, tensors) for part in value]
+    return tuple(parts) if type(value) is tuple else type(value)(*parts)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-_WAITING = {
+WAITING = {
     _aten._local_scalar_dense,
     _aten.nonzero,
     _aten.masked_select,
@@ -21,7 +21,7 @@ _WAITING = {
     _aten.unique_dim,
     _aten.unique_consecutive,
 }
-_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_}
+INDEXING = {_aten.index, _aten.index_put, _aten.index_put_}
 
 
 class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -31,8 +31,8 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         packet = func.overloadpacket
-        assert packet not in _WAITING, f"{packet} waits for the device"
-        if packet in _INDEXING:
+        assert packet not in WAITING, f"{packet} waits for the device"
+        if packet in INDEXING:
             masks = [i for i in args[1] if isinstance(i, Tensor) and i.dtype == torch.bool]
             assert not masks, f"{packet} by a mask waits for the device"
         return func(*args, **(kwargs or {}))

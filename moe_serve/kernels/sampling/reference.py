@@ -194,11 +194,12 @@ def sample(
     In this order: the temperature, min_p (see `scaled_logits`), top_k and top_p (see `survivors`);
     then the largest logit plus Gumbel noise.
 
-    logits: float32 [num_rows, vocab_size], the largest of each row finite. temperature (above 0)
-    and min_p (0 to 1): float32; top_k (at least 1; vocab_size or more for all): int64; top_p
-    (above 0; 1 for all): float64, all [num_rows]. A filter is None where no row asks for it, which
-    the caller knows; a device would have to be asked. keys: int32 [num_rows, 2], from `row_keys`.
-    hashes: int32 [vocab_size], from `token_hashes`. Syncs the host.
+    logits: float32 [num_rows, vocab_size]; a row whose largest is not finite, or that has a NaN,
+    gets some token of the vocabulary. temperature (above 0) and min_p (0 to 1): float32; top_k (at
+    least 1; vocab_size or more for all): int64; top_p (above 0; 1 for all): float64, all
+    [num_rows]. A filter is None where no row asks for it, which the caller knows; a device would
+    have to be asked. keys: int32 [num_rows, 2], from `row_keys`. hashes: int32 [vocab_size], from
+    `token_hashes`. Syncs the host.
     """
     num_rows, vocab_size = logits.shape
     min_p, top_k, top_p = filters_of(logits, min_p, top_k, top_p)

@@ -39,7 +39,7 @@ SITES = {
         "moe_serve.experts.executor:ResidentExperts.run",
         "moe_serve.experts.offload:OffloadedExperts.run",
     ],
-    "logits": ["moe_serve.engine.sampler:Sampler.sample"],
+    "logits": ["moe_serve.engine.sampler:Sampler.launch"],
     "kv": ["moe_serve.engine.kv_cache:KVCacheManager.extend"],
     "add": ["moe_serve.engine.scheduler:Scheduler.add"],
     "read": ["moe_serve.experts.transfer:StoreSource.read_chunk"],
