@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_serve.comm.base import Dispatcher
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.sampler import Sampler
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
@@ -58,20 +60,34 @@ class ModelRunner:
         self._moe_layers = torch.tensor(sorted(model.experts.layers), dtype=torch.int64)
 
     @torch.inference_mode()
-    def warm_up(self, max_num_tokens: int) -> None:
+    def warm_up(
+        self, max_num_tokens: int, dispatchers: Sequence[Dispatcher] = (), num_ranks: int = 1
+    ) -> None:
         """Have kernels compiled and graphs captured for steps of up to so many tokens.
 
-        On tokens that belong to nobody: keys go nowhere, and uses are what they were.
+        On tokens that belong to nobody: keys go nowhere, and uses are what they were. dispatchers:
+        of one rank of `num_ranks`, those that steps may have, but without the other ranks.
         """
         tables = self.model.experts.layers.values()
         uses = [table.uses.clone() for table in tables]
         groups, max_num_seqs = self.model.groups, self._kv.max_num_seqs
-        forward = self._fused or (
-            lambda batch: self.model.forward(batch.on(self._device), self._caches)
-        )
+        each: Sequence[Dispatcher | None] = dispatchers or [None]
         for num_tokens in sizes_up_to(max_num_tokens):
             context = min(num_tokens, self.model.max_model_len)
-            hidden = forward(nobodys_prompts(num_tokens, context, self._block_size, len(groups)))
+            batch = nobodys_prompts(num_tokens, context, self._block_size, len(groups))
+            try:
+                for dispatcher in each:
+                    if dispatcher is not None:
+                        dispatcher.begin_step([num_tokens] * num_ranks)
+                    self._rehearse(batch, dispatcher)
+            except torch.OutOfMemoryError as error:  # of a step, too: that has its own ways out
+                message = (str(error).splitlines() or [""])[0]
+                logger.warning(
+                    "no memory for a step of %d tokens (%s); lower max_num_batched_tokens",
+                    num_tokens, message,
+                )  # fmt: skip
+                torch.cuda.empty_cache()
+                break
         if self._fused is not None and isinstance(self._fused.run, GraphedForward):
             self._fused.run.warm_up(
                 [(num_seqs, 1) for num_seqs in sizes_up_to(min(max_num_seqs, max_num_tokens))],
@@ -81,11 +97,20 @@ class ModelRunner:
             )
         for num_rows in {1, min(max_num_seqs, max_num_tokens)}:
             # finite, whatever tokens of nobody give
-            logits = self.model.logits(torch.zeros_like(hidden[:1]).repeat(num_rows, 1))
+            hidden = torch.zeros(
+                num_rows, self.model.spec.hidden_size, dtype=self.model.dtype, device=self._device
+            )
+            logits = self.model.logits(hidden)
             for sequences in nobodys_sequences(num_rows):
                 self._sampler.sample(logits, sequences)
         for table, before in zip(tables, uses, strict=True):
             table.uses.copy_(before)
+
+    def _rehearse(self, batch: ForwardBatch, dispatcher: Dispatcher | None) -> None:
+        if self._fused is not None:
+            self._fused(batch)
+        else:
+            self.model.rehearsal(dispatcher).forward(batch.on(self._device), self._caches)
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> SamplerOutput:
