@@ -27,7 +27,7 @@ from moe_serve.types import ForwardBatch, TokenLogprobs
 logger = logging.getLogger(__name__)
 
 # rows of logits at once for prompt logprobs: bounds memory, a vocabulary is wide
-_LOGIT_ROWS = 256
+LOGIT_ROWS = 256
 
 
 class ModelRunner:
@@ -148,11 +148,11 @@ class ModelRunner:
         if self._may_return_routing:
             wanting = [index for index, one in enumerate(step.sequences) if one.routing is not None]
         hidden, ids = self._forward(batch, bool(wanting))  # [num_tokens, hidden_size]
-        if step.sampled:
-            logits = self.model.logits(self._sample_rows(batch, hidden))
-            output = self._sampler.sample(logits, step.sampled)
-        else:
-            output = SamplerOutput([])
+        output = SamplerOutput([])
+        if step.sampled:  # logits are gone before others are made: a vocabulary is wide
+            output = self._sampler.sample(
+                self.model.logits(self._sample_rows(batch, hidden)), step.sampled
+            )
         output.sequence_errors.update(_not_finite(step, hidden))
         output.prompt_logprobs.update(self._prompt_logprobs(step, hidden))
         if ids is not None:
@@ -217,8 +217,8 @@ class ModelRunner:
             count = min(first + length, sequence.num_prompt_tokens) - first
             if top is not None and sequence.index == 0 and count > 0:
                 found[index] = []
-                for offset in range(0, count, _LOGIT_ROWS):
-                    size = min(_LOGIT_ROWS, count - offset)
+                for offset in range(0, count, LOGIT_ROWS):
+                    size = min(LOGIT_ROWS, count - offset)
                     logits = self.model.logits(hidden[start + offset : start + offset + size])
                     targets = torch.tensor(
                         sequence.token_ids[first + offset : first + offset + size]

@@ -28,9 +28,13 @@ from moe_serve.types import TokenLogprobs
 T = TypeVar("T")
 
 MIN_TEMPERATURE = 1e-5  # as vLLM: at less the choice is the greedy one
-# Logits that are copied at once: what a core's cache holds, or what device memory can spare.
+# Logits that are copied, or ranked, at once: what a core's cache holds; on a device as few as keep
+# it busy, as ranking one takes 30 bytes, and penalising it 33.
 CHUNK_ELEMENTS_CPU = 2**19
-CHUNK_ELEMENTS_DEVICE = 2**26
+CHUNK_ELEMENTS_DEVICE = 2**22
+_CHUNK_BYTES = 48
+# of every logit, for the filters: see kernels/sampling/cut
+_FILTER_BYTES = 1
 
 _FILTERS = attrgetter("temperature", "min_p", "top_k", "top_p")
 _EDITS = attrgetter(
@@ -43,6 +47,15 @@ _EDITS = attrgetter(
     "structured_outputs",
 )
 _NO_EDITS = (None, None, 0, 1, 0, 0, None)
+
+
+def sampling_bytes(num_rows: int, vocab_size: int) -> int:
+    """Return a bound of what a sampler holds at once on a device, besides so many rows of logits.
+
+    However many tokens requests name, and whatever they ask for.
+    """
+    in_chunk = min(num_rows, max(1, CHUNK_ELEMENTS_DEVICE // vocab_size))
+    return (in_chunk * _CHUNK_BYTES + num_rows * _FILTER_BYTES) * vocab_size
 
 
 class Sampler:
@@ -126,9 +139,15 @@ class Sampler:
         """
         if not rows:
             return
-        if len(rows) < len(sequences):
-            logits = logits[rows]
-            sequences = [sequences[row] for row in rows]
+        if len(rows) == len(sequences):
+            _put(token_ids, rows, self._sampled(logits, sequences))
+            return
+        for part in self._chunks(rows):  # copies the logits
+            chosen = self._sampled(logits[part], [sequences[row] for row in part])
+            _put(token_ids, part, chosen)
+
+    def _sampled(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
+        """Return the token of each sequence, of its row of the logits; there must be one."""
         filters = np.array([_FILTERS(sequence.request.sampling) for sequence in sequences])
         temperature, min_p, top_k, top_p = filters.T  # float64 [num_rows] each
         top_k = np.where(top_k > 0, top_k, self.vocab_size)
@@ -145,7 +164,8 @@ class Sampler:
             keys.to(self.device),
             self.hashes,
         )
-        _put(token_ids, rows, chosen.tolist())
+        found: list[int] = chosen.tolist()
+        return found
 
     def _edit_and_choose(
         self, logits: Tensor, sequences: list[Sequence], masks: list[Allowed | None]
