@@ -343,15 +343,7 @@ class Bucket:
             ],
             self.views["num_rows"],
         )
-        self._host_views: dict[int, dict[str, Tensor]] = {}
         self.graphs: dict[Part, Graph] = {}
         self.wanted: set[Part] = set()
         self.is_eager = False
         self.pace = Pace(num_layers)
-
-    def host_views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return the inputs as they lie in pinned memory, of which there are few pieces."""
-        address = memory.data_ptr()
-        if address not in self._host_views:
-            self._host_views[address] = self.layout.views(memory)  # so that it stays where it is
-        return self._host_views[address]
