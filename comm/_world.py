@@ -34,10 +34,13 @@ class World:
     def __init__(self, group: dist.ProcessGroup, device: torch.device = HOST) -> None:
         """group: one that can carry host memory, and the device's."""
         self._group = group
+        self._begin(dist.get_rank(group), dist.get_world_size(group), device)
+
+    def _begin(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank = rank
+        self.size = size
         self.device = device
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self._pairs = torch.zeros(self.size, dtype=torch.int64, device=device)
+        self._pairs = torch.zeros(size, dtype=torch.int64, device=device)
         self.num_collectives = 0
         self.bytes_sent = 0
         self.num_waits = 0

@@ -48,6 +48,13 @@ class Experts(Protocol):
         """
         ...
 
+    def rehearsal(self) -> Experts:
+        """Return what runs the same kernels, and brings in, notes and predicts nothing.
+
+        Rows of experts that are not in memory are of no meaning. Uses are counted all the same.
+        """
+        ...
+
     def report(self) -> dict[str, Any]:
         """Return what happened since the start, as JSON can hold it."""
         ...
@@ -113,6 +120,10 @@ class ResidentExperts:
     def resident(self) -> list[list[int]]:
         """See `Experts`."""
         return []
+
+    def rehearsal(self) -> ResidentExperts:
+        """See `Experts`."""
+        return ResidentExperts(self._moe, self.layers, self.top_k)
 
     def report(self) -> dict[str, Any]:
         """See `Experts`: all is resident, so there is nothing to tell."""

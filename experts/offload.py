@@ -21,7 +21,7 @@ from moe_serve.blas import one_blas_thread
 from moe_serve.comm.base import Inbox
 from moe_serve.errors import CapacityError, MoeServeError, StoreError
 from moe_serve.experts.cache import Event, ExpertCache, Wave, check_capacity
-from moe_serve.experts.executor import Replay
+from moe_serve.experts.executor import Replay, ResidentExperts
 from moe_serve.experts.host_experts import HostExperts
 from moe_serve.experts.policies.base import CacheShape
 from moe_serve.experts.prefetch import Prefetcher
@@ -267,6 +267,25 @@ class OffloadedExperts:
         """See `executor.Experts`."""
         told: list[list[int]] = (self.cache.slot_of_expert >= 0).astype(np.int8).tolist()
         return told
+
+    def rehearsal(self) -> ResidentExperts:
+        """See `executor.Experts`."""
+        return ResidentExperts(self._run_resident, self.layers, self.cache.top_k)
+
+    def _run_resident(
+        self, rows: Tensor, row_of_pair: Tensor, counts: Tensor, table: ExpertTable
+    ) -> Tensor:
+        """Run the experts that are here, as a step would; what the others give is 0."""
+        inbox = Inbox(rows, row_of_pair, counts)
+        out = rows.new_zeros(row_of_pair.shape[0], table.hidden_size)
+        if isinstance(self._memory, DeviceSlots):
+            # in a step some or all: each is a kernel of its own, and passes over what is missing
+            everything = torch.ones(table.num_experts, dtype=torch.uint8)
+            self._launch(inbox, table, everything, out)
+            self._launch(inbox, table, None, out)
+        else:
+            self._launch(inbox, table, (table.slot_of_expert >= 0).to(torch.uint8), out)
+        return out
 
     def _tiers(self) -> dict[str, Array]:
         """Return the bytes that came from each tier, int64 [num_layers], by the counter's name.

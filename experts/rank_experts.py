@@ -85,6 +85,9 @@ class RankExperts:
     def resident(self) -> list[list[int]]:
         return self.inner.resident()
 
+    def rehearsal(self) -> ResidentExperts:
+        return self.inner.rehearsal()
+
     def report(self) -> dict[str, Any]:
         return self.inner.report()
 

@@ -21,7 +21,7 @@ from moe_serve.launch.messages import Failure
 
 # until all are there: processes start within seconds of each other, where their start is one
 JOIN_S = 60.0
-# until all have read their weights
+# until all have read their weights, and have had compiled what a step may need
 LOAD_S = 24 * 3600.0
 # of one collective: a rank may compute for long between two of them
 COLLECTIVE_S = 60.0

@@ -109,9 +109,13 @@ def test_a_batch_gives_what_each_request_gives_alone(
         engine.close()
 
 
-@pytest.mark.parametrize("slots", [None, 3], ids=["resident", "cache"])
-def test_warming_up_leaves_no_trace(slots: int | None, model: Path, alone: Told) -> None:
-    engine = _engine(model, expert_cache_slots=slots)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"expert_cache_slots": 3}, {"expert_cache_slots": 3, "prefetch": "off", "fused": False}],
+    ids=["resident", "cache", "layer by layer"],
+)
+def test_warming_up_leaves_no_trace(options: dict[str, Any], model: Path, alone: Told) -> None:
+    engine = _engine(model, **options)
     caches = [part.clone() for c in engine.runner._caches for part in (c.key, c.value)]
     before = engine.stats()
     engine.runner.warm_up(6)

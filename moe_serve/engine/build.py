@@ -27,6 +27,7 @@ from moe_serve.engine.ranks import Ranks
 from moe_serve.engine.residency import Residency, plan_residency
 from moe_serve.engine.sampler import Sampler
 from moe_serve.engine.scheduler import Scheduler
+from moe_serve.engine.warm_up import compiles_late
 from moe_serve.errors import ConfigError
 from moe_serve.kernels import suite
 from moe_serve.models.decoder import Decoder
@@ -101,8 +102,6 @@ def build_engine(
         if rank is not None:
             experts, dispatcher = rank.experts(experts), rank.dispatcher(kernels)
         model = Decoder(spec, weights, experts, kernels, max_model_len, dispatcher)
-        if rank is not None:
-            rank.meet(model, residency.top_k)
         tokenizer = config.weights.tokenizer
         grammars = Grammars(
             folder if tokenizer is None else Path(tokenizer).expanduser(), spec.vocab_size
@@ -155,8 +154,12 @@ def _engine(
     runner_type = ModelRunner if rank is None else LockstepRunner
     may_return_routing = config.experts.enable_return_routed_experts
     runner = runner_type(model, kv, num_blocks, sampler, config.runtime.fused, may_return_routing)
-    if kernels.device.type == "cuda" and rank is None:
-        runner.warm_up(config.scheduler.max_num_batched_tokens)
+    num_ranks = 1 if rank is None else rank.world.size
+    if compiles_late(kernels.device):
+        rehearsals = [] if rank is None else rank.rehearsals(kernels)
+        runner.warm_up(config.scheduler.max_num_batched_tokens, rehearsals, num_ranks)
+    if rank is not None:
+        rank.meet(model, residency.top_k)
     build = Engine if rank is None else functools.partial(LockstepEngine, rank)
     return build(
         config,

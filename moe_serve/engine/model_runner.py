@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_serve.comm.base import Dispatcher
 from moe_serve.engine.kv_cache import KVCacheManager
 from moe_serve.engine.sampler import Sampler, told_logprobs
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
@@ -26,7 +28,7 @@ from moe_serve.types import ForwardBatch
 logger = logging.getLogger(__name__)
 
 # rows of logits at once for prompt logprobs: bounds memory, a vocabulary is wide
-_LOGIT_ROWS = 256
+LOGIT_ROWS = 256
 
 
 class ModelRunner:
@@ -60,20 +62,34 @@ class ModelRunner:
         self._moe_layers = torch.tensor(sorted(model.experts.layers), dtype=torch.int64)
 
     @torch.inference_mode()
-    def warm_up(self, max_num_tokens: int) -> None:
+    def warm_up(
+        self, max_num_tokens: int, dispatchers: Sequence[Dispatcher] = (), num_ranks: int = 1
+    ) -> None:
         """Have kernels compiled and graphs captured for steps of up to so many tokens.
 
-        On tokens that belong to nobody: keys go nowhere, and uses are what they were.
+        On tokens that belong to nobody: keys go nowhere, and uses are what they were. dispatchers:
+        of one rank of `num_ranks`, those that steps may have, but without the other ranks.
         """
         tables = self.model.experts.layers.values()
         uses = [table.uses.clone() for table in tables]
         groups, max_num_seqs = self.model.groups, self._kv.max_num_seqs
-        forward = self._fused or (
-            lambda batch: self.model.forward(batch.on(self._device), self._caches)
-        )
+        each: Sequence[Dispatcher | None] = dispatchers or [None]
         for num_tokens in sizes_up_to(max_num_tokens):
             context = min(num_tokens, self.model.max_model_len)
-            hidden = forward(nobodys_prompts(num_tokens, context, self._block_size, len(groups)))
+            batch = nobodys_prompts(num_tokens, context, self._block_size, len(groups))
+            try:
+                for dispatcher in each:
+                    if dispatcher is not None:
+                        dispatcher.begin_step([num_tokens] * num_ranks)
+                    self._rehearse(batch, dispatcher)
+            except torch.OutOfMemoryError as error:  # of a step, too: that has its own ways out
+                message = (str(error).splitlines() or [""])[0]
+                logger.warning(
+                    "no memory for a step of %d tokens (%s); lower max_num_batched_tokens",
+                    num_tokens, message,
+                )  # fmt: skip
+                torch.cuda.empty_cache()
+                break
         if self._fused is not None and isinstance(self._fused.run, GraphedForward):
             self._fused.run.warm_up(
                 [(num_seqs, 1) for num_seqs in sizes_up_to(min(max_num_seqs, max_num_tokens))],
@@ -83,11 +99,20 @@ class ModelRunner:
             )
         for num_rows in {1, min(max_num_seqs, max_num_tokens)}:
             # finite, whatever tokens of nobody give
-            logits = self.model.logits(torch.zeros_like(hidden[:1]).repeat(num_rows, 1))
+            hidden = torch.zeros(
+                num_rows, self.model.spec.hidden_size, dtype=self.model.dtype, device=self._device
+            )
+            logits = self.model.logits(hidden)
             for sequences in nobodys_sequences(num_rows):
                 self._sampler.sample(logits, sequences)
         for table, before in zip(tables, uses, strict=True):
             table.uses.copy_(before)
+
+    def _rehearse(self, batch: ForwardBatch, dispatcher: Dispatcher | None) -> None:
+        if self._fused is not None:
+            self._fused(batch)
+        else:
+            self.model.rehearsal(dispatcher).forward(batch.on(self._device), self._caches)
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> SamplerOutput:
@@ -135,14 +160,14 @@ class ModelRunner:
                 tuple(part.targets for part in prompts),
             )
         )
-        launched = None
-        if step.sampled:
-            logits = self.model.logits(hidden if rows is None else hidden[rows])
-            launched = self._sampler.launch(logits, columns)
-        known = tuple(
+        known = tuple(  # first, as their logits are gone again: a vocabulary is wide
             self._sampler.known_logprobs(self.model.logits(hidden[part.rows]), token_ids, part.top)
             for part, token_ids in zip(prompts, targets, strict=True)
         )
+        launched = None
+        if step.sampled:
+            logits = self.model.logits(hidden if rows is None else hidden[rows])
+            launched = self._sampler.launch(logits, columns, plan.edits)
         is_finite = hidden.sum(-1, dtype=torch.float32).isfinite()  # [num_tokens]
         launched, known, is_finite = self._shuttle.fetched((launched, known, is_finite))
         if launched is None:
@@ -218,7 +243,7 @@ class _PromptPart:
 
 
 def _prompt_parts(step: ScheduledStep) -> list[_PromptPart]:
-    """Return what prompt logprobs are asked for in a step, `_LOGIT_ROWS` rows at most each."""
+    """Return what prompt logprobs are asked for in a step, `LOGIT_ROWS` rows at most each."""
     found: list[_PromptPart] = []
     start = 0
     for index, (sequence, length) in enumerate(zip(step.sequences, step.query_lens, strict=True)):
@@ -227,8 +252,8 @@ def _prompt_parts(step: ScheduledStep) -> list[_PromptPart]:
             first = sequence.num_computed_tokens + step.num_skipped + 1
             # the row of the last prompt token speaks of an output, not of a prompt token
             count = min(first + length, sequence.num_prompt_tokens) - first
-            for offset in range(0, count, _LOGIT_ROWS):
-                end = min(offset + _LOGIT_ROWS, count)
+            for offset in range(0, count, LOGIT_ROWS):
+                end = min(offset + LOGIT_ROWS, count)
                 targets = torch.tensor(sequence.token_ids[first + offset : first + end])
                 found.append(_PromptPart(index, slice(start + offset, start + end), targets, top))
         start += length

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_serve import plugin
 from moe_serve.comm import auto
 from moe_serve.comm._layout import Layout
+from moe_serve.comm._rehearsal import Rehearsal, Spread
 from moe_serve.comm._world import World
 from moe_serve.comm.base import Dispatcher, Inbox, Receipt
 from moe_serve.config import EngineConfig, changed
@@ -123,8 +124,7 @@ class RankParts:
     @property
     def numerics_suffix(self) -> str:
         """What is added to the numerics' name where bits are not those of one process."""
-        is_partial = self.share is not None and self._config.ranks.combine == "partial"
-        return "-partial" if is_partial else ""
+        return "-partial" if self.share is not None and self._is_partial else ""
 
     def agree(self, numerics_id: str, residency: Residency) -> None:
         """Make sure, before anything is loaded, that all ranks are alike. Raises CommError."""
@@ -156,8 +156,7 @@ class RankParts:
         if name == "local":
             raise ConfigError("dispatcher 'local' is for one process; give another, or none")
         module = plugin.load("moe_serve.comm", name, "dispatcher")
-        is_partial = self._config.ranks.combine == "partial"
-        if not getattr(module, "IS_EXACT", True) and not is_partial:
+        if not getattr(module, "IS_EXACT", True) and not self._is_partial:
             raise ConfigError(
                 f"dispatcher {name!r} adds results up on their way, which gives other bits than "
                 "one process; give combine='partial' if that may be"
@@ -171,14 +170,35 @@ class RankParts:
             share.placement.ranks, mesh.num_ranks, mesh.ranks_per_node, share.layers, share.rank,
             self._config.ranks.replicas, kernels.device,
         )  # fmt: skip
-        options = {"with_sums": True} if is_partial and module is auto else {}
-        dispatcher = module.build(self.world, layout, kernels, **options)
-        self._progress = Progress(dispatcher, layout)
+        self._progress = Progress(self._built(self.world, layout, kernels), layout)
         return self._progress
 
+    def _built(self, world: World, layout: Layout, kernels: Kernels) -> Dispatcher:
+        module = plugin.load("moe_serve.comm", self._config.ranks.dispatcher, "dispatcher")
+        options = {"with_sums": True} if self._is_partial and module is auto else {}
+        dispatcher: Dispatcher = module.build(world, layout, kernels, **options)
+        return dispatcher
+
+    @property
+    def _is_partial(self) -> bool:
+        return self._config.ranks.combine == "partial"
+
+    def rehearsals(self, kernels: Kernels) -> list[Dispatcher]:
+        """Return dispatchers as steps will have them, each of which goes through a step alone."""
+        if self._progress is None:
+            return []
+        layout = self._progress.layout
+        world = Rehearsal(self.world.rank, self.world.size, self.world.device)
+        whole = self._built(world, layout, kernels)
+        parts = list(whole.candidates.values()) if isinstance(whole, auto.Auto) else [whole]
+        return [Spread(part, layout) for part in parts]
+
     def meet(self, model: Decoder, top_k: int) -> None:
-        """Wait for all ranks, and let them exchange something before the first request does."""
-        self._ranks.wait_for_all("loaded")
+        """Wait for all ranks, and let them exchange something before the first request does.
+
+        None waits in a collective, whose time is limited, for another's loading or compiling.
+        """
+        self._ranks.wait_for_all("ready")
         self.header.share(0, 0)
         self.world.connect()
         if self._progress is not None and isinstance(self._progress.inner, auto.Auto):

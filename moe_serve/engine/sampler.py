@@ -27,9 +27,13 @@ from moe_serve.kernels.gpu.streams import streams
 from moe_serve.kernels.sampling.base import Sampling
 from moe_serve.types import TokenLogprobs
 
-# Logits that are copied at once: what a core's cache holds, or what device memory can spare.
+# Logits that are copied, or ranked, at once: what a core's cache holds; on a device as few as keep
+# it busy, as ranking one takes 30 bytes, and penalising it 57.
 CHUNK_ELEMENTS_CPU = 2**19
-CHUNK_ELEMENTS_DEVICE = 2**26
+CHUNK_ELEMENTS_DEVICE = 2**22
+_CHUNK_BYTES = 60
+# of every logit, for the filters: see kernels/sampling/cut
+_FILTER_BYTES = 1
 
 
 class Logprobs(NamedTuple):
@@ -53,6 +57,15 @@ class Launched(NamedTuple):
     is_finite: Tensor
     highest: tuple[Tensor, ...]
     logprobs: tuple[Logprobs, ...]
+
+
+def sampling_bytes(num_rows: int, vocab_size: int) -> int:
+    """Return a bound of what a sampler holds at once on a device, besides so many rows of logits.
+
+    However many tokens requests name, and whatever they ask for.
+    """
+    in_chunk = min(num_rows, max(1, CHUNK_ELEMENTS_DEVICE // vocab_size))
+    return (in_chunk * _CHUNK_BYTES + num_rows * _FILTER_BYTES) * vocab_size
 
 
 class Sampler:
@@ -83,33 +96,29 @@ class Sampler:
         logits: as in `launch`. Syncs the host, once.
         """
         plan = self.plan(sequences)
-        launched = self.launch(logits, self.shuttle.sent(plan.columns))
+        launched = self.launch(logits, self.shuttle.sent(plan.columns), plan.edits)
         return self.told(plan, logits, self.shuttle.fetched(launched))
 
     def plan(self, sequences: list[Sequence]) -> Plan:
-        """Find out what the sequences ask for. Its columns are what `launch` takes."""
+        """Find out what the sequences ask for. Its columns and edits are what `launch` takes."""
         return self._planner.plan(sequences)
 
-    def launch(self, logits: Tensor, columns: Columns) -> Launched:
-        """Have tokens chosen; nothing waits for that.
+    def launch(self, logits: Tensor, columns: Columns, edits: tuple[Edits, ...]) -> Launched:
+        """Have tokens chosen; nothing waits for that, but for room to send many chunks of edits.
 
         logits: float32 [num_samples, vocab_size], read only; row i is for the plan's sequence i.
-        columns: of the plan, where the logits are.
+        columns: of the plan, where the logits are; edits: of the plan, in host memory.
         """
         assert logits.dtype == torch.float32, logits.dtype
         best, is_finite = self.kernels.greedy_checked(logits)
-        token_ids = self._drawn(best, logits, columns.draw)
-        highest = []
-        for edits in columns.edits:
-            part = logits[edits.rows]  # a copy
-            self._edit_(part, edits)
-            best, _ = self.kernels.greedy_checked(part)
-            highest.append(part.gather(1, best[:, None]).squeeze(1))
-            token_ids[edits.rows] = self._drawn(best, part, edits.draw)
+        token_ids = best
+        for draw in columns.draws:
+            token_ids = self._drawn(token_ids, logits, draw)
+        highest = tuple(self._edited(chunk, logits, token_ids) for chunk in edits)
         logprobs = tuple(
             self._logprobs(logits[rows], token_ids[rows], most) for rows, most in columns.asked
         )
-        return Launched(token_ids, is_finite, tuple(highest), logprobs)
+        return Launched(token_ids, is_finite, highest, logprobs)
 
     def told(self, plan: Plan, logits: Tensor, launched: Launched) -> SamplerOutput:
         """Return what came of a plan. launched: in host memory.
@@ -159,6 +168,16 @@ class Sampler:
             return chosen
         token_ids[draw.rows] = chosen
         return token_ids
+
+    def _edited(self, edits: Edits, logits: Tensor, token_ids: Tensor) -> Tensor:
+        """Choose the tokens of a chunk's rows, in place; return the largest logit that was left."""
+        edits = self.shuttle.sent(edits)
+        part = logits[edits.rows]  # a copy
+        self._edit_(part, edits)
+        best, _ = self.kernels.greedy_checked(part)
+        highest = part.gather(1, best[:, None]).squeeze(1)
+        token_ids[edits.rows] = self._drawn(best, part, edits.draw)
+        return highest
 
     def _edit_(self, logits: Tensor, edits: Edits) -> None:
         """Forbid tokens, add biases and penalise, in place and in this order."""

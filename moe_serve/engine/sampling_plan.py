@@ -1,7 +1,7 @@
 """What a step's sampling takes, found before there are logits: by the host, from requests alone.
 
-So all of it can travel to a device together, while that one still computes the logits. What is
-named `columns` travels; the rest stays, to read the results by.
+So all of it can travel to a device while that one still computes the logits: `columns` together,
+`edits` one by one. The rest stays, to read the results by.
 """
 
 from __future__ import annotations
@@ -79,10 +79,9 @@ class Asked(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """What kernels take. edits, asked: by chunk."""
+    """What kernels take, all by chunk; but draws of all rows are one, as nothing is copied."""
 
-    draw: Draw | None
-    edits: tuple[Edits, ...]
+    draws: tuple[Draw, ...]
     asked: tuple[Asked, ...]
 
 
@@ -90,11 +89,13 @@ class Columns(NamedTuple):
 class Plan:
     """How tokens of some sequences are chosen, and what is told of them.
 
-    edited: the rows of `columns.edits`, by chunk. failed: why a row can have no token, by row:
+    edits: by chunk; they travel one at a time, as they can be as wide as logits. edited: their
+    rows. failed: why a row can have no token, by row:
     its grammar. asked: by chunk, rows and how many of the best tokens' logprobs each wants.
     """
 
     columns: Columns
+    edits: tuple[Edits, ...]
     num_rows: int
     edited: list[list[int]]
     failed: dict[int, str]
@@ -126,11 +127,11 @@ class Planner:
         chunks = list(self._chunks(edited))
         asked_chunks = list(self._chunks(asked))
         columns = Columns(
-            self._draw(drawn, sequences),
-            tuple(self._edits(rows, sequences, allowed) for rows in chunks),
+            self._draws(drawn, sequences),
             tuple(self._asked(chunk) for chunk in asked_chunks),
         )
-        return Plan(columns, len(sequences), chunks, failed, asked_chunks)
+        edits = tuple(self._edits(rows, sequences, allowed) for rows in chunks)
+        return Plan(columns, edits, len(sequences), chunks, failed, asked_chunks)
 
     def _chunks(self, items: list[T]) -> Iterator[list[T]]:
         """Cut what there is one of per row into pieces of at most `rows_per_chunk`."""
@@ -140,6 +141,11 @@ class Planner:
     def _asked(self, chunk: list[tuple[int, int]]) -> Asked:
         rows, tops = zip(*chunk, strict=True)
         return Asked(_ids(rows), min(max(tops), self._vocab_size))
+
+    def _draws(self, rows: list[int], sequences: list[Sequence]) -> tuple[Draw, ...]:
+        chunks = [rows] if len(rows) == len(sequences) else self._chunks(rows)
+        draws = (self._draw(chunk, sequences) for chunk in chunks)
+        return tuple(draw for draw in draws if draw is not None)
 
     def _draw(self, rows: list[int], sequences: list[Sequence]) -> Draw | None:
         if not rows:

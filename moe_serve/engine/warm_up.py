@@ -25,6 +25,11 @@ _KINDS = (
 )
 
 
+def compiles_late(device: torch.device) -> bool:
+    """Whether the kernels of a device are compiled when they run for the first time."""
+    return device.type == "cuda"
+
+
 def sizes_up_to(most: int) -> list[int]:
     """Return 1, 4, 16 and so on, `most`, and what else kernels are made for, rising."""
     found = {size for size in _BETWEEN if size < most} | {most}

@@ -20,6 +20,7 @@ from moe_serve.kernels.exchange.base import Packed, Unpacked
 from moe_serve.kernels.forward import cpu as forward_cpu
 from moe_serve.kernels.forward import gpu as forward_gpu
 from moe_serve.kernels.forward.base import Forward, ModelPart
+from moe_serve.kernels.gpu.compiler import why_no_launchers
 from moe_serve.kernels.gpu.numerics import NUMERICS, Numerics
 from moe_serve.kernels.linear import cpu as linear_cpu
 from moe_serve.kernels.linear import reference as linear_reference
@@ -105,7 +106,14 @@ def load(name: str = "auto", isa: str = "auto", numerics: str = "exact") -> Kern
         try:
             return _triton(numerics, f"a GPU is here: {torch.cuda.get_device_name()}")
         except ConfigError as error:
-            logger.warning("the GPU is not used: %s", error)
+            unused = f"the GPU is not used: {error}"
+            logger.warning("%s", unused)
+            kernels = _on_host(name, isa, numerics)
+            return replace(kernels, reason=f"{kernels.reason}; {unused}")
+    return _on_host(name, isa, numerics)
+
+
+def _on_host(name: str, isa: str, numerics: Numerics) -> Kernels:
     if numerics == "fast":
         logger.warning("numerics=fast has no effect: on a CPU all is exact")
     if name == "reference":
@@ -228,6 +236,8 @@ def _gpu() -> ModuleType:
         raise ConfigError(
             "kernels is 'triton', but Triton is not installed (pip install triton)"
         ) from error
+    if triton.is_building_launchers() and (lack := why_no_launchers()) is not None:
+        raise ConfigError(f"Triton cannot build what launches its kernels: {lack}")
     return triton
 
 

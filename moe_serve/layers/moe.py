@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
@@ -62,6 +63,12 @@ class MoeLayer:
         if self.shared_gate is not None:
             weights = self._shared_weights(hidden, self.shared_gate)
         return self.shared(hidden), weights
+
+    def with_parts(self, dispatcher: Dispatcher, experts: Experts) -> MoeLayer:
+        """Return this layer, of the same weights, with other parts around them."""
+        other = copy.copy(self)
+        other.dispatcher, other.experts = dispatcher, experts
+        return other
 
     def part(self) -> MoePart:
         """Return this layer, but its shared expert, as the fused forward pass takes it."""

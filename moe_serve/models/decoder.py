@@ -6,6 +6,7 @@ decoder knows nothing of requests: it sees a `ForwardBatch` and the caches.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,12 @@ class DecoderLayer:
         if isinstance(self.mlp, MoeLayer):
             return self.mlp(hidden, residual), residual
         return self.mlp(hidden), residual
+
+    def with_mlp(self, mlp: GatedMlp | MoeLayer) -> DecoderLayer:
+        """Return this layer, of the same weights, with another MLP."""
+        other = copy.copy(self)
+        other.mlp = mlp
+        return other
 
     def part(self, cache: LayerCache, group: int) -> LayerPart:
         """Return this layer as the fused forward pass takes it."""
@@ -249,6 +256,22 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             if isinstance(layer.mlp, MoeLayer) and (done is None or index > done):
                 layer.mlp(empty, empty)
+
+    def rehearsal(self, dispatcher: Dispatcher | None = None) -> Decoder:
+        """Return this model, of the same weights and caches, for tokens that belong to nobody.
+
+        Outside of any step: nobody notes what they use, brings it in, or learns from it.
+        dispatcher: in place of the model's own.
+        """
+        experts = self.experts.rehearsal()
+        other = copy.copy(self)
+        other.layers = [
+            layer.with_mlp(layer.mlp.with_parts(dispatcher or layer.mlp.dispatcher, experts))
+            if isinstance(layer.mlp, MoeLayer)
+            else layer
+            for layer in self.layers
+        ]
+        return other
 
     def plans(self, batch: ForwardBatch) -> list[Any]:
         """Return the attention kernel's plan of a step, for each cache group."""

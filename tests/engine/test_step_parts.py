@@ -14,7 +14,7 @@ from moe_serve.engine.build import build_engine
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.model_runner import ModelRunner
 from moe_serve.engine.sequence import SamplerOutput, ScheduledStep
-from moe_serve.types import Request, SamplingParams, StepOutput
+from moe_serve.types import ForwardBatch, Request, SamplingParams, StepOutput
 from tests.models import tiny
 
 OPTIONS = {"max_num_seqs": 8, "enable_return_routed_experts": True, "block_size": 4}
@@ -119,3 +119,23 @@ def test_one_token_that_does_not_fit_is_an_error_of_its_request(
     assert all("OutOfMemoryError: no room for 1" in end[4] for end in ends)
     want = _run(build_engine(EngineConfig.from_options(OPTIONS), tmp_path))
     assert _run(engine) == want, "the engine goes on"
+
+
+def test_an_engine_starts_whose_largest_step_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On ranks nobody plans for what others send; a step that is too large has its own ways out."""
+    tried: list[int] = []
+
+    def limited(runner: ModelRunner, batch: ForwardBatch, dispatcher: object) -> None:
+        tried.append(batch.num_tokens)
+        if batch.num_tokens > 16:
+            raise torch.OutOfMemoryError(f"no room for {batch.num_tokens}\nand so on")
+
+    monkeypatch.setattr(ModelRunner, "_rehearse", limited)
+    tiny.save_checkpoint(tmp_path, "qwen3_moe")
+    engine = build_engine(EngineConfig.from_options(OPTIONS), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        engine.runner.warm_up(200)
+    assert tried == [1, 4, 16, 24]
+    assert "no memory for a step of 24 tokens (no room for 24); lower" in caplog.text

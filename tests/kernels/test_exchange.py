@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -265,6 +265,29 @@ def test_what_is_looked_at_in_parts_is_the_same(
     monkeypatch.setattr(triton, "CHOICES", (Tiles(4, 16, 4),))
     monkeypatch.setattr(triton, "_LEAST_CHUNKS", 1)
     check_equal(name, case_of(3, 10, 3, 4, 2, 6, torch.bfloat16, 2), layout)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton, and no GPU")
+def test_no_number_of_replicas_is_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filled, they are as many as tokens, which another step has another number of."""
+    from triton.runtime.interpreter import InterpretedFunction  # which a machine may not have
+
+    launched: dict[str, list[dict[str, int]]] = {}
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: int) -> None:
+        launched.setdefault(kernel.fn.__name__, []).append(constants)
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    case = case_of(1, 5, 2, 4, 2, 8, torch.float32, 1)
+    plan = plan_of("packed", case)
+    size = row_bytes(8, torch.float32, 2)
+    for most in (1, 3, 5):
+        replicas = Replicas(torch.zeros(4, most, dtype=torch.int64), case.replicas.counts)
+        out = torch.zeros(plan.num_rows(5, 2), size, dtype=torch.uint8)
+        kernels("triton-exact").pack_rows(case.hidden, case.expert_ids, replicas, plan, out)
+    assert "_place_choices" in launched
+    for name, constants in launched.items():
+        assert constants == [constants[0]] * 3, name
 
 
 @EACH_ON_A_GPU

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from moe_serve.kernels.gpu import attention_plan
-from moe_serve.kernels.gpu.attention_plan import SPLIT, Kind, Part, Shape, cut, decode_plan
+from moe_serve.kernels.gpu.attention_plan import (
+    PART_BYTES,
+    SPLIT,
+    Kind,
+    Part,
+    Shape,
+    cut,
+    decode_plan,
+)
 from moe_serve.kernels.suite import Kernels
 from tests.kernels.implementations import TRITON, kernels
 from tests.kernels.paged_cache import Cached, attend, by_hand, cached
@@ -327,6 +335,24 @@ def test_there_is_room_for_all_units(kind: Kind, window: int | None, numerics: A
             assert splits <= how.num_splits
             units += num_tiles * (1 if how.is_whole else splits)
         assert units <= how.num_units
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("kind", ["decode", "chunk"])
+def test_parts_take_no_more_than_they_may(kind: Kind, numerics: Any) -> None:
+    length, found = 1 if kind == "decode" else 4, []
+    for shape in (Shape(32, 4, 128, 2), Shape(16, 16, 128, 2), Shape(128, 8, 256, 2)):
+        for count in (1, 8, 60):
+            part = _part(kind, [length] * count, [2**16] * count)
+            how = cut(part, shape, None, numerics, 132)
+            found.append(how.part_bytes(shape.head_dim))
+            if numerics == "exact":
+                assert how.merged == (SPLIT // 64 if how.is_whole else 0)
+    assert max(found) <= PART_BYTES
+    assert 0 in found, "some are not cut"
+    # of a decode's tile one query: 128 units of 32 heads
+    if (kind, numerics) == ("decode", "exact"):
+        assert found[0] == 128 * 32 * (128 + 2) * 4
 
 
 def test_exact_bits_hang_on_the_shape_alone() -> None:

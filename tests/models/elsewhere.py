@@ -53,9 +53,11 @@ def launches() -> Iterator[Launches]:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what tensors that were made within it hold at once. peak: the most, in bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = ELSEWHERE) -> None:
+        """device: whose tensors count."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
+        self._device = device
         self._now = 0
         self._known: set[int] = set()
 
@@ -70,7 +72,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _add(self, storage: Any, inputs: list[int]) -> None:
         key = storage._cdata
-        if key in self._known or key in inputs or storage.device != ELSEWHERE:
+        if key in self._known or key in inputs or storage.device != self._device:
             return
         self._known.add(key)
         size = storage.nbytes()

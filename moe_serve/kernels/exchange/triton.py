@@ -29,8 +29,7 @@ _LEAST_CHUNKS = 128
 
 @triton.jit
 def _chosen(
-    expert_ids, ranks, counts, token, is_token, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
-    MOST: tl.constexpr,
+    expert_ids, ranks, counts, most, token, is_token, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return expert and rank of each choice of some tokens, [tokens, WIDTH]; -1 where is none."""
     choice = tl.arange(0, WIDTH)[None, :]
@@ -38,20 +37,20 @@ def _chosen(
     at = token.to(tl.int64)[:, None] * TOP_K + choice
     expert = tl.load(expert_ids + at, mask=is_there, other=0)
     turn = token[:, None] % tl.load(counts + expert, mask=is_there, other=1)
-    rank = tl.load(ranks + expert * MOST + turn, mask=is_there, other=-1)
+    rank = tl.load(ranks + expert * most + turn, mask=is_there, other=-1)
     return expert.to(tl.int32), rank.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
+@triton.jit(do_not_specialize=["most", "num_tokens", "num_chunks"])
 def _count_choices(
-    expert_ids, ranks, counts, found, num_tokens, num_chunks,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr,
+    expert_ids, ranks, counts, most, found, num_tokens, num_chunks,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Count a chunk's pairs, and rows, of one rank: found, int32 [2, num_ranks, num_chunks]."""
     rank, chunk = tl.program_id(0), tl.program_id(1)
     token = chunk * TOKENS + tl.arange(0, TOKENS)
     _, chosen = _chosen(
-        expert_ids, ranks, counts, token, token < num_tokens, TOP_K, WIDTH, MOST
+        expert_ids, ranks, counts, most, token, token < num_tokens, TOP_K, WIDTH
     )  # fmt: skip
     num_mine = tl.sum((chosen == rank).to(tl.int32), 1)
     at = found + rank * num_chunks + chunk
@@ -59,11 +58,11 @@ def _count_choices(
     tl.store(at + tl.num_programs(0) * num_chunks, tl.sum((num_mine > 0).to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "capacity", "rounds"])
+@triton.jit(do_not_specialize=["most", "num_tokens", "num_chunks", "capacity", "rounds"])
 def _place_choices(
-    expert_ids, ranks, counts, found, out, places, rows, of_ranks, num_tokens, num_chunks,
+    expert_ids, ranks, counts, most, found, out, places, rows, of_ranks, num_tokens, num_chunks,
     capacity, rounds, width,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
     ROW: tl.constexpr, SIZE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_WIDTH: tl.constexpr,
     IS_COUNTED: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +74,7 @@ def _place_choices(
     rank, chunk, num_ranks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     token = chunk * TOKENS + tl.arange(0, TOKENS)
     expert, chosen = _chosen(
-        expert_ids, ranks, counts, token, token < num_tokens, TOP_K, WIDTH, MOST
+        expert_ids, ranks, counts, most, token, token < num_tokens, TOP_K, WIDTH
     )  # fmt: skip
     is_mine = chosen == rank
     mine = is_mine.to(tl.int32)
@@ -158,10 +157,12 @@ def pack_rows(
     tiles, width = _tiles(top_k)
     num_chunks = max(1, triton.cdiv(num_slots, tiles.rows))
     grid = (num_ranks, num_chunks)
+    # where replicas are filled there is a rank for each token: most is another number in each step
     chosen = (
-        expert_ids.contiguous(), replicas.ranks.contiguous(), replicas.counts.contiguous()
+        expert_ids.contiguous(), replicas.ranks.contiguous(), replicas.counts.contiguous(),
+        replicas.ranks.shape[1],
     )  # fmt: skip
-    shape = {"TOP_K": top_k, "WIDTH": width, "MOST": replicas.ranks.shape[1], "TOKENS": tiles.rows}
+    shape = {"TOP_K": top_k, "WIDTH": width, "TOKENS": tiles.rows}
     is_counted = capacity is None or plan.width is None or num_chunks > 1
     found = of_ranks
     if is_counted:

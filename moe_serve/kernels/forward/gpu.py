@@ -192,7 +192,7 @@ class Forward:
     def _fill_with_padding(self, bucket: Bucket) -> None:
         memory = self._outgoing.memory(bucket.layout.num_bytes)
         memory.zero_()
-        for name, view in bucket.host_views(memory).items():
+        for name, view in self._outgoing.views(bucket.layout).items():
             if name.startswith("slots"):
                 view.fill_(-1)
         self._outgoing.send(memory, bucket.memory)
@@ -208,7 +208,7 @@ class Forward:
         """Bring a step's inputs to where the graphs read them; what they leave over is padding."""
         count = token_ids.shape[0]
         memory = self._outgoing.memory(bucket.layout.num_bytes)
-        host = bucket.host_views(memory)
+        host = self._outgoing.views(bucket.layout)
         on_device: list[tuple[Tensor, Tensor]] = []
 
         def put(name: str, source: Tensor, padding: int = 0) -> None:

@@ -11,7 +11,7 @@ prompt chunk by the matrix units, which 128 rows feed from the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -68,8 +68,8 @@ _MOST_FAST_ROWS = 64
 _FAST_SPLIT = (256, 1024)
 # contexts up to this are not split where there are tiles enough for all multiprocessors
 _WHOLE_CONTEXT = 4096
-# what the parts of a chunk's tiles may take; beyond, they are not split
-_CHUNK_PART_BYTES = 128 << 20
+# what the parts of one kernel's tiles may take, at most; beyond, they are not split
+PART_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +193,13 @@ class Cut:
     rows: of a tile; heads: that it has of a key head's group; columns: head_dim, padded;
     head_tiles: tiles of the same queries. num_tiles, num_splits, num_units: the most there may be,
     units and tiles of one of these head tiles. split: in keys. is_whole: a unit is a tile, whose
-    splits of `merged` pieces its program merges; 0: which is not split.
+    splits of `merged` pieces its program merges; 0: which is not split. kept_rows: of a tile, its
+    first, that may be a query's; of the others no part is kept.
     """
 
     tiles: Tiles
     rows: int
+    kept_rows: int
     heads: int
     columns: int
     head_tiles: int
@@ -208,10 +210,11 @@ class Cut:
     is_whole: bool
     merged: int
 
-    @property
-    def kept_rows(self) -> int:
-        """Rows of a tile that may be a query's."""
-        return self.rows // self.heads * self.heads
+    def part_bytes(self, head_dim: int) -> int:
+        """Return what the parts of split tiles take: sums of values, a maximum and a sum."""
+        if self.is_whole:
+            return 0
+        return self.num_units * self.head_tiles * self.kept_rows * (head_dim + 2) * 4
 
 
 def cut(
@@ -243,19 +246,24 @@ def cut(
         num_units = min(num_units, num_tiles + part.num_keys // split)
         is_whole = num_tiles * head_tiles >= 2 * at_once and part.max_context <= _WHOLE_CONTEXT
     else:
-        part_bytes = num_units * head_tiles * rows * shape.head_dim * 4
-        is_whole = 2 * num_tiles * head_tiles > at_once or part_bytes > _CHUNK_PART_BYTES
-    is_whole |= num_splits == 1
-    return Cut(
+        is_whole = 2 * num_tiles * head_tiles > at_once
+    # of a decode one query, of its tile's queries
+    kept_rows = heads if part.kind == "decode" else rows // heads * heads
+    how = Cut(
         tiles=tiles,
         rows=rows,
+        kept_rows=kept_rows,
         heads=heads,
         columns=columns,
         head_tiles=head_tiles,
         num_tiles=num_tiles,
         split=split,
         num_splits=num_splits,
-        num_units=num_tiles if is_whole else num_units,
-        is_whole=is_whole,
-        merged=SPLIT // PIECE if is_whole and num_splits > 1 and numerics == "exact" else 0,
+        num_units=num_units,
+        is_whole=is_whole or num_splits == 1,
+        merged=0,
     )
+    if not how.is_whole and how.part_bytes(shape.head_dim) <= PART_BYTES:
+        return how
+    merged = SPLIT // PIECE if num_splits > 1 and numerics == "exact" else 0
+    return replace(how, num_units=num_tiles, is_whole=True, merged=merged)

@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_serve.kernels.gpu.attention_plan import decode_plan
+from moe_serve.kernels.gpu.attention_plan import PART_BYTES, Shape, cut, decode_plan
 from moe_serve.kernels.gpu.graphs import Graph
+from moe_serve.kernels.gpu.numerics import Numerics
 from moe_serve.kernels.gpu.pace import Pace
 from moe_serve.kernels.gpu.pieces import Pieces, Routed, StepInputs
 from moe_serve.kernels.gpu.slot_tables import SlotTables
@@ -24,9 +25,10 @@ from moe_serve.kernels.moe.base import ExpertTable
 _FEW_SEQS = (1, 2, 4)
 _SEQS_STEP = 8
 _LEAST_CONTEXT = 1024
-# Sequences times their bound of contexts: scratch of attention grows with it (half a GiB for heads
-# of 128 in 4 groups), and hardly any cache holds more keys.
+# Sequences times their bound of contexts: scratch of attention grows with it (38 MB for 32 heads of
+# 128), and hardly any cache holds more keys.
 _MOST_KEYS = 2**20
+_COUNTLESS = 2**20  # multiprocessors
 
 
 class Size(NamedTuple):
@@ -44,6 +46,23 @@ def size_of(num_seqs: int, context: int, most_seqs: int, most_context: int) -> S
     padded = min(padded, most_seqs)
     bound = min(max(_LEAST_CONTEXT, 1 << (context - 1).bit_length()), most_context)
     return Size(padded, bound) if padded * bound <= _MOST_KEYS else None
+
+
+def most_part_bytes(shape: Shape, most_seqs: int, most_context: int, numerics: Numerics) -> int:
+    """Return a bound of what attention's parts take in the decodes of any bucket."""
+    found, context = 0, min(_LEAST_CONTEXT, most_context)
+    while True:
+        num_seqs = min(most_seqs, max(1, _MOST_KEYS // context))
+        lens = torch.empty(num_seqs, dtype=torch.int32, device="meta")
+        table = torch.empty(num_seqs, context, dtype=torch.int32, device="meta")
+        (part,) = decode_plan(lens, table, 1, None, context).parts
+        # on a device that is never full contexts are cut most, and left whole only for their bytes
+        how = cut(part, shape, None, numerics, num_multiprocessors=_COUNTLESS)
+        is_too_much = how.is_whole and how.num_splits > 1
+        found = max(found, PART_BYTES if is_too_much else how.part_bytes(shape.head_dim))
+        if context >= most_context:
+            return found
+        context = min(2 * context, most_context)
 
 
 class Part(NamedTuple):
@@ -324,15 +343,7 @@ class Bucket:
             ],
             self.views["num_rows"],
         )
-        self._host_views: dict[int, dict[str, Tensor]] = {}
         self.graphs: dict[Part, Graph] = {}
         self.wanted: set[Part] = set()
         self.is_eager = False
         self.pace = Pace(num_layers)
-
-    def host_views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return the inputs as they lie in pinned memory, of which there are few pieces."""
-        address = memory.data_ptr()
-        if address not in self._host_views:
-            self._host_views[address] = self.layout.views(memory)  # so that it stays where it is
-        return self._host_views[address]

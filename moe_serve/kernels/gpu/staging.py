@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Outgoing:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._turns: list[tuple[Tensor, Event | None]] = []
+        self._views: list[WeakKeyDictionary[Layout, dict[str, Tensor]]] = []
         self._turn = 0
 
     def memory(self, num_bytes: int) -> Tensor:
@@ -57,13 +59,26 @@ class Outgoing:
         if len(self._turns) < _TURNS:
             self._turn = len(self._turns)
             self._turns.append((self._streams.pinned(num_bytes), None))
+            self._views.append(WeakKeyDictionary())
         memory, event = self._turns[self._turn]
         if event is not None and not event.is_done():
             event.wait()
         if memory.shape[0] < num_bytes:
             memory = self._streams.pinned(1 << (num_bytes - 1).bit_length())
             self._turns[self._turn] = memory, None
+            # what was outgrown goes with its views: no copy from it is under way
+            self._views[self._turn] = WeakKeyDictionary()
         return memory[:num_bytes]
+
+    def views(self, layout: Layout) -> dict[str, Tensor]:
+        """Return the tensors of `layout` in what `memory` gave last, for that many bytes.
+
+        Kept for as long as layout and memory are: to cut them takes longer than to fill them.
+        """
+        found = self._views[self._turn].get(layout)
+        if found is None:
+            found = self._views[self._turn][layout] = layout.views(self._turns[self._turn][0])
+        return found
 
     def send(self, memory: Tensor, into: Tensor) -> None:
         """Copy what `memory` gave last to `into`, uint8 of the same size on the device."""

@@ -6,6 +6,7 @@ the host's `wait` say. On a CPU everything is done at once, so the same code run
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from typing import Any, Protocol
 
@@ -206,6 +207,7 @@ class _Registration:
         num_bytes = memory.numel()
         error = cudart.cudaHostRegister(memory.data_ptr(), num_bytes, _FOR_ALL_DEVICES)
         if int(error) != 0:
+            _clear_error(cudart)
             raise CapacityError(
                 f"{num_bytes} bytes of host memory cannot be pinned ({error}), which copies to the "
                 "GPU need; close what else uses memory, or raise the limit of locked memory "
@@ -216,3 +218,13 @@ class _Registration:
     def __del__(self) -> None:
         if self._unregister is not None:
             self._unregister(self._memory.data_ptr())
+
+
+def _clear_error(cudart: Any) -> None:
+    """Have CUDA forget its last error, which torch would raise at the next launch of a kernel."""
+    clear = getattr(cudart, "cudaGetLastError", None)  # torch 2.11 has none
+    if clear is not None:
+        clear()
+        return
+    with contextlib.suppress(RuntimeError):  # this launch raises it, which clears it
+        torch.ones(1, device="cuda")

@@ -56,6 +56,14 @@ def device() -> torch.device:
     return torch.device("cpu" if IS_INTERPRETED else "cuda")
 
 
+def is_building_launchers() -> bool:
+    """Whether a kernel's launcher is built in C when it runs for the first time, by Triton itself.
+
+    It may have been given another way to build them.
+    """
+    return not IS_INTERPRETED and triton.knobs.build.impl is None
+
+
 def numerics_id(numerics: Numerics) -> str:
     """Name what decides bits: the compiler, the card's generation, and how tiles are chosen."""
     where = "interpreted"

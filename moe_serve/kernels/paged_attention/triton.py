@@ -129,8 +129,8 @@ def _attend(
     items, item_stride, contexts, block_table,
     scale, num_items, window, split_keys, token_stride, head_stride, cache_stride, table_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, ITEMS: tl.constexpr,
-    IN_ORDER: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KEPT: tl.constexpr,
+    ITEMS: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr, IS_WHOLE: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Attend with tiles of ROWS // HEADS queries x HEADS heads.
@@ -254,10 +254,10 @@ def _attend(
                 NUM_HEADS, HEAD_DIM, HAS_SINKS,
             )  # fmt: skip
         else:
-            part = tl.cast(unit, tl.int64) * (QUERIES * HEADS)
-            is_kept = row < QUERIES * HEADS
+            part = tl.cast(unit, tl.int64) * KEPT
+            is_kept = row < KEPT
             tl.store(part_stats + part * 2 + row, highest, mask=is_kept)
-            tl.store(part_stats + part * 2 + QUERIES * HEADS + row, total, mask=is_kept)
+            tl.store(part_stats + part * 2 + KEPT + row, total, mask=is_kept)
             tl.store(
                 part_sums + (part + row)[:, None] * HEAD_DIM + columns[None, :],
                 sums,
@@ -270,13 +270,13 @@ def _join(
     out, part_sums, part_stats, sinks,
     items, item_stride, contexts, num_items, window, split_keys,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, ITEMS: tl.constexpr,
-    IN_ORDER: tl.constexpr, JOINED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KEPT: tl.constexpr,
+    ITEMS: tl.constexpr, IN_ORDER: tl.constexpr, JOINED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of JOINED rows of a tile that `_attend` left, in order."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     QUERIES: tl.constexpr = ROWS // HEADS
-    KEPT: tl.constexpr = QUERIES * HEADS
     HEAD_TILES: tl.constexpr = NUM_KV_HEADS * ((GROUP + HEADS - 1) // HEADS)
     ROW_BLOCKS: tl.constexpr = (KEPT + JOINED - 1) // JOINED
     at = tl.arange(0, ITEMS)
@@ -402,6 +402,7 @@ def _run(
         "COLUMNS": how.columns,
         "ROWS": how.rows,
         "HEADS": how.heads,
+        "KEPT": how.kept_rows,
         "ITEMS": max(_LEAST_ITEMS, triton.next_power_of_2(len(part.contexts))),
         "IN_ORDER": part.items is None,
         "HAS_WINDOW": plan.window is not None,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from moe_serve.kernels.gpu.staging import Incoming, Layout, Outgoing
 from tests.kernels.gpu.late_streams import LateStreams
@@ -45,6 +50,44 @@ def test_what_is_on_its_way_is_not_overwritten(seed: int) -> None:
     streams.finish()
     for one, other in zip(sent, given, strict=True):
         assert torch.equal(one, other)
+
+
+class Counted(LateStreams):
+    """Knows which of the pieces that it gave are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[weakref.ref[Any]] = []
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        memory = np.zeros(num_bytes, np.uint8)
+        self.pieces.append(weakref.ref(memory))
+        return torch.from_numpy(memory)
+
+    @property
+    def num_held(self) -> int:
+        return sum(piece() is not None for piece in self.pieces)
+
+
+def test_pieces_that_were_outgrown_are_given_back_once_they_are_sent() -> None:
+    streams = Counted()
+    outgoing = Outgoing(streams)
+    layouts = [Layout({"a": (torch.int64, (size,))}) for size in (3, 70, 600, 5)]
+    into = torch.zeros(8192, dtype=torch.uint8)
+    for layout in [layout for layout in layouts for _ in range(9)]:
+        memory = outgoing.memory(layout.num_bytes)
+        views = outgoing.views(layout)
+        assert views["a"].data_ptr() == memory.data_ptr()
+        assert outgoing.views(layout) is views, "they are cut once"
+        views["a"].fill_(layout.num_bytes)
+        outgoing.send(memory, into[: layout.num_bytes])
+        assert streams.num_held <= 4
+    assert len(streams.pieces) == 12
+    streams.finish()
+    assert into[:40].view(torch.int64).tolist() == [layouts[-1].num_bytes] * 5
+    del views, layout
+    held = weakref.ref(layouts.pop(0))
+    assert held() is None, "nor do views keep a layout"
 
 
 def test_what_comes_is_waited_for() -> None:

@@ -122,10 +122,42 @@ def test_memory_stays_pinned_for_as_long_as_a_part_of_it_is_held(
 def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = FakeDriver(error=2)
     monkeypatch.setattr(gpu_streams, "_cuda", driver)
+    monkeypatch.setattr(gpu_streams, "_clear_error", lambda cudart: None)
     with pytest.raises(CapacityError, match="4096 bytes of host memory cannot be pinned"):
         CudaStreams(torch.device("cuda")).pinned(4096)
     gc.collect()
     assert [name for name, _ in driver.calls] == ["pin"]
+
+
+@pytest.mark.parametrize("has_clear", [True, False])
+def test_what_could_not_be_pinned_leaves_no_error_to_torch(
+    has_clear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, errors = FakeDriver(error=2), [2]
+    monkeypatch.setattr(gpu_streams, "_cuda", driver)
+    if has_clear:
+        monkeypatch.setattr(driver, "cudaGetLastError", errors.pop, raising=False)
+
+    def launch(size: int, device: str) -> None:
+        assert device == "cuda"
+        if errors:
+            raise RuntimeError(f"CUDA error {errors.pop()}")
+
+    monkeypatch.setattr(torch, "ones", launch)
+    with pytest.raises(CapacityError, match="cannot be pinned"):
+        CudaStreams(torch.device("cuda")).pinned(4096)
+    assert not errors
+
+
+@pytest.mark.gpu
+def test_a_gpu_goes_on_after_memory_that_could_not_be_pinned() -> None:
+    given = CudaStreams(torch.device("cuda"))
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    pinned = given.pin(memory)
+    with pytest.raises(CapacityError, match="cannot be pinned"):
+        given.pin(memory)  # it is already
+    assert float(torch.ones(3, device="cuda").sum()) == 3
+    del pinned
 
 
 def test_a_cpu_has_streams_that_do_everything_at_once() -> None:
