@@ -35,11 +35,15 @@ def default_places(shape: CacheShape, record_bytes: int) -> int:
 
     Not more than may be missing of two layers; 0 where it would be less than two.
     """
-    quota = shape.slots_per_layer
-    held = shape.total_slots // shape.num_layers if quota is None else quota
-    missing = shape.num_experts - held
-    most = min(_MOST_BYTES // record_bytes, shape.total_slots // _SHARE_OF_SLOTS, 2 * missing)
+    by_memory = min(_MOST_BYTES // record_bytes, shape.total_slots // _SHARE_OF_SLOTS)
+    most = min(by_memory, most_places(shape))
     return most if most >= _LEAST_PLACES else 0
+
+
+def most_places(shape: CacheShape) -> int:
+    """Return how many records may be missing of two layers; more places are never in use."""
+    held = shape.slots_per_layer or 0  # where layers share slots, one may have none
+    return 2 * (shape.num_experts - held)
 
 
 @dataclass(slots=True, eq=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,14 +28,22 @@ from benchmarks.gpu.figures import Figure, told
 from benchmarks.gpu.outcome import PARTS, Outcome, summary
 
 _GRACE_S = 60.0
+_NEEDED = ("torch", "numpy", "safetensors", "msgspec")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; what cannot be ends the program with status 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, allow_abbrev=False
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join(PARTS)}")
-    parser.add_argument("--dry", action="store_true", default=os.environ.get("DRY") == "1")
+    dry = os.environ.get("DRY", "")
+    if dry not in ("", "0", "1"):
+        parser.error(f"DRY is {dry!r}; it must be 1, 0 or empty")
+    parser.add_argument(
+        "--dry", action="store_true", default=dry == "1", help="on a CPU, at tiny shapes"
+    )
     parser.add_argument(
         "--trace", type=Path, action="append", default=[], help="recorded routing; may be repeated"
     )
@@ -45,7 +54,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--scratch", type=Path, help="folder for packed experts; default: temporary"
     )
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="of a part, what has it in its name"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="of a part, what has it in its name, in letters of any case; ceilings and peers have "
+        "all they have",
     )
     parser.add_argument("--save", action="store_true", help="keep the figures")
     parser.add_argument("--folder", type=Path, help="where; default: benchmarks/results")
@@ -59,7 +72,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--seconds is {arguments.seconds}; it must be above 0")
     if arguments.dry and arguments.save:
         parser.error("a dry run measures nothing that could be kept; leave out --save")
+    if arguments.folder is not None and not arguments.save:
+        parser.error("--folder says where figures are kept, with --save; give that, too")
+    for trace in arguments.trace:
+        if not trace.is_file():
+            parser.error(f"--trace {trace}: there is no such file")
     return arguments
+
+
+def why_not(is_dry: bool) -> str | None:
+    """Return what is missing here for anything to run, or None."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return (
+            f"{sys.executable} has no {', '.join(missing)}; install them, or name a Python that "
+            "has them (PYTHON=... with make)"
+        )
+    # torch is first imported here: it may be what is missing
+    from benchmarks.gpu.setting import kernels_here
+
+    try:
+        kernels_here(is_dry)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def run_here(part: str, arguments: argparse.Namespace) -> Outcome:
@@ -78,8 +114,7 @@ def run_here(part: str, arguments: argparse.Namespace) -> Outcome:
 
 
 def _measure(part: str, arguments: argparse.Namespace, outcome: Outcome, latest_s: float) -> None:
-    # torch is first imported here: it may be what fails
-    import torch
+    import torch  # see why_not
 
     from benchmarks.gpu.setting import card_slug, describe, find_setting
 
@@ -100,6 +135,8 @@ def _measure(part: str, arguments: argparse.Namespace, outcome: Outcome, latest_
                     break
         finally:
             figures.close()
+            outcome.is_spared = not setting.has_wanted
+            outcome.kernels = setting.kernels
             outcome.environment = describe(setting.device)
             outcome.card = card_slug(setting.device)
 
@@ -140,6 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = run_here(part, arguments)
         arguments.outcome.write_text(json.dumps(outcome.document()))
         return 0
+    if (lack := why_not(arguments.dry)) is not None:
+        print(lack, file=sys.stderr)
+        return 2
     outcomes = []
     for part in arguments.parts:
         if arguments.dry or len(arguments.parts) == 1:
@@ -150,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.save and outcome.figures:
             print(f"written: {outcome.save(arguments)}", flush=True)
     print(summary(outcomes))
+    if all(outcome.is_spared for outcome in outcomes):
+        print(f"nothing has {arguments.only!r} in its name; without --only all names are printed")
+        return 1
     return int(any(outcome.errors for outcome in outcomes))
 
 

@@ -8,7 +8,10 @@ import os
 from benchmarks.results import ROOT
 
 LINKED = ("experts", "comm", "predictors", "launch")
-RESTORE = "cd moe_serve && for name in " + " ".join(LINKED) + "; do ln -sfn ../$name $name; done"
+RESTORE = (
+    "(cd moe_serve && for name in " + " ".join(LINKED) + "; "
+    "do rm -rf $name; ln -s ../$name $name; done)"
+)
 
 
 def told() -> list[str]:
@@ -20,9 +23,11 @@ def told() -> list[str]:
         try:
             importlib.import_module(f"moe_serve.{name}")
         except ImportError as error:
-            lines.append(f"moe_serve/{name} {where}; NOT imported: {error}; {RESTORE}")
+            lines.append(f"moe_serve/{name} {where}; NOT imported: {error}")
         else:
             lines.append(f"moe_serve/{name} {where}; imported")
+    if not are_whole():
+        lines.append(f"to make the links again: {RESTORE}")
     return lines
 
 

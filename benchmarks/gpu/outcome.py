@@ -31,7 +31,8 @@ PARTS = {
 class Outcome:
     """What was measured, and what could not be.
 
-    error: why a part ended before its end, or None; environment: card, driver, versions.
+    error: why a part ended before its end, or None; environment: card, driver, versions. kernels:
+    whose they were. is_spared: nothing of it had the name that was asked for.
     """
 
     part: str
@@ -42,6 +43,8 @@ class Outcome:
     seconds: float = 0.0
     environment: dict[str, Any] = field(default_factory=dict)
     card: str = "unknown"
+    kernels: str = "triton"
+    is_spared: bool = False
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
@@ -104,13 +107,21 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         num_passed = sum(map(is_quiet, outcome.figures))
         told = f"{len(outcome.figures)} figures in {outcome.seconds:.0f} s"
         told += f", {num_passed} tests passed" if num_passed else ""
+        told += "; nothing of it has that name" if outcome.is_spared else ""
         lines.append(f"{outcome.part:<10} {told}")
     judged = [
         figure for outcome in outcomes for figure in outcome.figures if figure.goal is not None
     ]
     num_failed = sum(bool(outcome.errors) for outcome in outcomes)
     if any(outcome.is_dry for outcome in outcomes):
-        lines.append(f"dry: {len(judged)} figures have goals; {num_failed} parts failed")
+        if any(outcome.kernels == "reference" for outcome in outcomes):
+            lines.append(
+                "Triton is not here: torch's operations stood in for the GPU's kernels, and tiles "
+                "were not walked"
+            )
+        lines.append(
+            f"dry: no figure means anything; {len(judged)} have goals; {num_failed} parts failed"
+        )
     else:
         num_met = sum(figure.is_met for figure in judged)
         lines.append(f"{num_met} of {len(judged)} goals met; {num_failed} parts failed")

@@ -37,6 +37,8 @@ class Setting:
     scratch: Path
     seconds: float
     only: str = ""
+    num_wanted: int = 0
+    num_spared: int = 0
 
     @cached_property
     def clock(self) -> Clock:
@@ -57,7 +59,15 @@ class Setting:
 
     def wants(self, name: str) -> bool:
         """Tell whether something is to be measured."""
-        return self.only in name
+        is_wanted = self.only.lower() in name.lower()
+        self.num_wanted += is_wanted
+        self.num_spared += not is_wanted
+        return is_wanted
+
+    @property
+    def has_wanted(self) -> bool:
+        """Whether something was measured, or would have been if there were anything."""
+        return self.num_wanted > 0 or self.num_spared == 0
 
 
 def installed(name: str) -> bool:
@@ -68,23 +78,25 @@ def installed(name: str) -> bool:
         return False
 
 
+def kernels_here(is_dry: bool) -> str:
+    """Return whose kernels run. Raises RuntimeError where nothing can be measured."""
+    has_triton = installed("triton")
+    if is_dry:
+        return "triton" if has_triton else "reference"
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no GPU here; DRY=1 walks all steps without one")
+    if not has_triton:
+        raise RuntimeError("Triton is not installed; figures of a GPU need it")
+    return "triton"
+
+
 def find_setting(
     is_dry: bool, traces: tuple[Path, ...], scratch: Path, seconds: float, only: str
 ) -> Setting:
     """Return the setting of this machine. Raises RuntimeError where nothing can be measured."""
-    has_triton = installed("triton")
-    if is_dry:
-        kernels = "triton" if has_triton else "reference"
-        device = torch.device("cpu")
-    else:
-        if not torch.cuda.is_available():
-            raise RuntimeError("there is no GPU here; DRY=1 walks all steps without one")
-        if not has_triton:
-            raise RuntimeError("Triton is not installed; figures of a GPU need it")
-        kernels, device = "triton", torch.device("cuda")
     return Setting(
-        device=device,
-        kernels=kernels,
+        device=torch.device("cpu" if is_dry else "cuda"),
+        kernels=kernels_here(is_dry),
         is_dry=is_dry,
         traces=traces,
         scratch=scratch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,7 +67,18 @@ def _by_pytest(setting: Setting) -> Iterator[Figure]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "--continue-on-collection-errors", *files],
-        cwd=ROOT, timeout=_PYTEST_S, check=False,
+        cwd=ROOT, timeout=_PYTEST_S, check=False, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    passed = float(done.returncode == 0)
-    yield Figure(row=Row.of("pytest -m gpu", [passed], "passed", ratio=passed), goal=1.0)
+    print(done.stdout, end="", flush=True)
+    counts, num_passed = counted(done.stdout)
+    passed = float(done.returncode == 0 and num_passed > 0)
+    yield Figure(row=Row.of(f"pytest -m gpu: {counts}", [passed], "passed", ratio=passed), goal=1.0)
+
+
+def counted(printed: str) -> tuple[str, int]:
+    """Return what pytest's last line counts, and how many tests passed."""
+    found = re.findall(
+        r"(\d+) (passed|failed|skipped|errors?)\b", (printed.splitlines() or [""])[-1]
+    )
+    num_passed = sum(int(count) for count, what in found if what == "passed")
+    return ", ".join(f"{count} {what}" for count, what in found) or "no test", num_passed

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from moe_serve import plugin
-from moe_serve.config import EngineConfig
+from moe_serve.config import EngineConfig, changed
 from moe_serve.engine.device_memory import room_on
 from moe_serve.engine.engine import Engine
 from moe_serve.engine.expert_parts import ExpertParts, model_id_of, read_usage
@@ -61,6 +61,8 @@ def build_engine(
     kernels = suite.load(config.runtime.kernels, config.runtime.isa, config.runtime.numerics)
     if not config.runtime.fused and kernels.build_forward is None:
         logger.warning("fused=False has no effect: the %s kernels run one by one", kernels.name)
+    if kernels.device.type == "cpu" and "gpu_memory_utilization" in changed(config.runtime):
+        logger.warning("gpu_memory_utilization has no effect: no GPU is used")
     hf_config = HFConfig.read(folder)
     spec = read_spec(hf_config)
     dtype = dtype_of(config.weights.dtype, hf_config.dtype)

@@ -24,7 +24,7 @@ from moe_serve.engine.ranks import Share
 from moe_serve.errors import CapacityError, ConfigError
 from moe_serve.experts.cache import check_capacity
 from moe_serve.experts.policies.base import CacheShape
-from moe_serve.experts.read_ahead import default_places
+from moe_serve.experts.read_ahead import default_places, most_places
 from moe_serve.experts.records import RECORD_ALIGNMENT
 from moe_serve.kernels.suite import Kernels
 from moe_serve.models.checkpoint import weights_bytes
@@ -107,7 +107,8 @@ def plan_residency(
     kv_bytes = None
     if slots is None:
         free = available - other_bytes - table_bytes(config, spec, max_model_len)
-        free -= (options.expert_stream_slots or 0) * slot_bytes
+        streamed = min(options.expert_stream_slots or 0, 2 * num_experts)
+        free -= streamed * slot_bytes
         kv_room = kv_room_bytes(config, spec, dtype)
         if num_held * slot_bytes <= free - kv_room:
             slots = len(layers) * most_held
@@ -145,13 +146,20 @@ def plan_residency(
         most = (available - (held - shape.total_slots * slot_bytes)) // slot_bytes
         per_layer = max(0, most) // len(layers)
         raise CapacityError(
-            f"{shape.total_slots} expert slots take {text_of(shape.total_slots * slot_bytes)}, and "
-            f"the model {text_of(held)} with them, but {text_of(available)} are available; "
+            f"{shape.total_slots} expert slots take {text_of(shape.total_slots * slot_bytes)}"
             + (
-                f"give at most expert_cache_slots {per_layer}, or expert_cache_gb "
+                f" and {stream_slots} stream slots {text_of(stream_slots * slot_bytes)}"
+                if stream_slots
+                else ""
+            )
+            + f", and the model {text_of(held)} with them, but {text_of(available)} are available; "
+            + "give "
+            + ("expert_stream_slots 0, or " if stream_slots else "")
+            + (
+                f"at most expert_cache_slots {per_layer}, or expert_cache_gb "
                 f"{per_layer * len(layers) * slot_bytes / GIB:.3g}"
                 if per_layer >= least
-                else "use a smaller model or dtype"
+                else "the experts more memory, by a smaller model or dtype"
             )
         )
     logger.info(
@@ -188,7 +196,15 @@ def _stream_slots(
                 "expert_stream_slots has no effect: it is for one GPU before a host's memory"
             )
         return 0
-    return default_places(shape, slot_bytes) if given is None else given
+    if given is None:
+        return default_places(shape, slot_bytes)
+    most = most_places(shape)
+    if given > most:
+        logger.warning(
+            "expert_stream_slots is %d, but what may be missing of two layers is %d experts: as "
+            "many slots are made", given, most,
+        )  # fmt: skip
+    return min(given, most)
 
 
 def chances_of(uses: Array | None, num_layers: int, num_experts: int, top_k: int) -> Array:

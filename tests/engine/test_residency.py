@@ -79,9 +79,14 @@ def test_slots_to_stream_through_are_counted_and_only_where_they_are(
     assert "expert_stream_slots" not in caplog.text
     assert plan(spec, expert_cache_slots=2, expert_stream_slots=3).stream_slots == 0
     assert "expert_stream_slots has no effect" in caplog.text
-    room = others_bytes(spec) + 12 * SLOT_BYTES
-    with pytest.raises(CapacityError, match="give at most expert_cache_slots 2"):
-        plan(spec, room, expert_cache_slots=3, expert_stream_slots=8, on_gpu=True)
+    most = 2 * (NUM_EXPERTS - 2)
+    found = plan(spec, expert_cache_slots=2, expert_stream_slots=10**9, on_gpu=True)
+    assert found.stream_slots == most
+    assert "as many slots are made" in caplog.text
+    room = others_bytes(spec) + 7 * SLOT_BYTES
+    says = "and 2 stream slots 8192 bytes.*give expert_stream_slots 0, or at most"
+    with pytest.raises(CapacityError, match=says):
+        plan(spec, room, expert_cache_slots=3, expert_stream_slots=2, num_kv_blocks=1, on_gpu=True)
 
 
 def test_behind_a_link_the_host_s_records_count_too(spec: ModelSpec) -> None:

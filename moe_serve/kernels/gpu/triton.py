@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ def _mend_interpreter() -> None:
     """Let Triton's interpreter run what its compiler runs."""
     from triton.runtime import interpreter  # which a GPU does not need
 
+    # it computes with NumPy, which warns where a GPU says inf or NaN: of what is not used, too
+    for says in ("overflow", "invalid value", "divide by zero"):
+        warnings.filterwarnings("ignore", f"{says} encountered", RuntimeWarning)
+    warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
     # Triton's own functions, too, where torch imported it before this module
     for module in [m for name, m in sys.modules.items() if name.startswith("triton.language")]:
         for name, function in list(vars(module).items()):

@@ -42,7 +42,7 @@ def test_a_part_that_fails_takes_no_other_down(
     printed = capsys.readouterr().out
     assert "first      FAILED  RuntimeError: out of memory" in printed
     assert "second     FAILED  a kernel: CompilationError: no" in printed
-    assert printed.rstrip().endswith("dry: 3 figures have goals; 2 parts failed")
+    assert printed.rstrip().endswith("3 have goals; 2 parts failed")
     assert command.main(["third", "--dry"]) == 0
 
 
@@ -72,24 +72,69 @@ def test_a_process_tells_what_it_measured(tmp_path: Path) -> None:
 
 
 def test_options_reach_each_process() -> None:
-    given = ["kernels", "--trace", "a.npz", "--only", "moe", "--scratch", "there"]
+    given = ["kernels", "--trace", __file__, "--only", "moe", "--scratch", "there"]
     arguments = command.parse_arguments(given)
     passed = command.parse_arguments(["kernels", *command.options_of(arguments)])
     assert vars(passed) == vars(arguments)
 
 
 @pytest.mark.parametrize(
-    "given", [["no-such-part"], ["--seconds", "0"], ["--dry", "--save"]], ids=" ".join
+    ("given", "says"),
+    [
+        (["no-such-part"], "there are: ceilings, tests"),
+        (["--seconds", "0"], "must be above 0"),
+        (["--dry", "--save"], "leave out --save"),
+        (["--folder", "there"], "with --save"),
+        (["--trace", "/nowhere/a.npz"], "/nowhere/a.npz: there is no such file"),
+        (["--dry", "--sav"], "unrecognized arguments: --sav"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_what_cannot_be_is_refused(given: list[str]) -> None:
+def test_what_cannot_be_is_refused(
+    given: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.parse_arguments(given)
+    assert says in capsys.readouterr().err
+
+
+def test_what_is_missing_is_said_once_and_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_NEEDED", ("numpy", "no_such_package"))
+    assert command.main(["--dry"]) == 2
+    told = capsys.readouterr()
+    assert not told.out
+    assert "has no no_such_package; install" in told.err
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command.main([]) == 2
+    told = capsys.readouterr()
+    assert not told.out
+    assert told.err == "there is no GPU here; DRY=1 walks all steps without one\n"
+
+
+def test_a_name_that_nothing_has_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["kernels", "--dry", "--only", "no such kernel"]) == 1
+    assert "nothing has 'no such kernel' in its name" in capsys.readouterr().out
+    assert command.main(["kernels", "--dry", "--only", "FAST, rms"]) == 0
+    assert "fast, rms" in capsys.readouterr().out
+
+
+def test_a_dry_run_without_triton_says_what_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Outcome(part="kernels", is_dry=True, kernels="reference")
+    assert "Triton is not here: torch's operations stood in" in summary([found])
+    found.kernels = "triton"
+    assert "Triton" not in summary([found])
 
 
 def test_the_environment_asks_for_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, is_dry in (("1", True), ("", False), ("0", False)):
         monkeypatch.setenv("DRY", value)
         assert command.parse_arguments([]).dry is is_dry
+    monkeypatch.setenv("DRY", "yes")
+    with pytest.raises(SystemExit, match="2"):
+        command.parse_arguments([])
 
 
 def test_figures_are_kept_with_card_and_versions(

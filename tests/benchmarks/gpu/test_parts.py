@@ -143,6 +143,19 @@ def test_files_with_tests_for_a_gpu_are_found() -> None:
     assert "tests/kernels/test_router.py" not in device_tests.gpu_test_files()
 
 
+@pytest.mark.parametrize(
+    ("printed", "counts", "num_passed"),
+    [
+        ("...\n12 passed, 3 skipped, 9 deselected in 1.2s\n", "12 passed, 3 skipped", 12),
+        ("1 skipped, 5 deselected in 0.1s\n", "1 skipped", 0),
+        ("2 failed, 7 passed, 1 error in 3s", "2 failed, 7 passed, 1 error", 7),
+        ("", "no test", 0),
+    ],
+)
+def test_what_was_skipped_has_not_passed(printed: str, counts: str, num_passed: int) -> None:
+    assert device_tests.counted(printed) == (counts, num_passed)
+
+
 def test_a_check_that_fails_is_a_missed_goal(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(bench: Bench, num_rows: int, is_exact: bool) -> None:
         raise CheckFailed("rows differ")
@@ -173,7 +186,9 @@ def test_a_link_that_was_lost_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / "moe_serve" / name).mkdir(parents=True)
     monkeypatch.setattr(links, "ROOT", tmp_path)
     assert not links.are_whole()
-    assert all("is no link" in line for line in links.told())
+    *told, restore = links.told()
+    assert all("is no link" in line for line in told)
+    assert restore.startswith("to make the links again: (cd moe_serve")
     for name in links.LINKED:
         (tmp_path / "moe_serve" / name).rmdir()
         (tmp_path / "moe_serve" / name).symlink_to(f"../{name}")
