@@ -83,10 +83,13 @@ def test_slots_to_stream_through_are_counted_and_only_where_they_are(
     found = plan(spec, expert_cache_slots=2, expert_stream_slots=10**9, on_gpu=True)
     assert found.stream_slots == most
     assert "as many slots are made" in caplog.text
-    room = others_bytes(spec) + 7 * SLOT_BYTES
-    says = "and 2 stream slots 8192 bytes.*give expert_stream_slots 0, or at most"
+    room = others_bytes(spec) + 8 * SLOT_BYTES
+    few = {"num_kv_blocks": 1, "max_num_seqs": 1, "max_num_batched_tokens": 16}
+    asked = {"expert_cache_slots": 2, "expert_stream_slots": most}
+    assert plan(spec, room, on_gpu=True, **few, **asked).stream_slots == most
+    says = "and 4 stream slots 16384 bytes.*give expert_stream_slots 0, or"
     with pytest.raises(CapacityError, match=says):
-        plan(spec, room, expert_cache_slots=3, expert_stream_slots=2, num_kv_blocks=1, on_gpu=True)
+        plan(spec, room - 1, on_gpu=True, **few, **asked)
 
 
 def test_behind_a_link_the_host_s_records_count_too(spec: ModelSpec) -> None:
