@@ -44,7 +44,8 @@ $(OLDEST_TRITON_IN): $(STAMP)
 
 test-oldest-triton: install $(OLDEST_TRITON_IN)
 	PYTHONPATH=$(OLDEST_TRITON_IN) EXPECTED_TRITON=$(OLDEST_TRITON) $(BIN)/python -m pytest $(ARGS) tests/kernels \
-		-k "is_expected or (triton-exact and (equal or reference or float64 or bits_of_layer))"
+		-k "is_expected or row_functions or (triton-exact and (equal or reference or float64 or in_parts \
+		or sorted_by_expert or left_out or (bits_of_layer and cache)))"
 
 bench: install
 	$(BIN)/moe-serve bench latency

@@ -37,7 +37,7 @@ def _requests() -> list[Request]:
     for number, length in enumerate((9, 2, 5)):
         prompt = torch.randint(0, tiny.VOCAB_SIZE, (length,), generator=generator).tolist()
         sampling = SamplingParams(
-            max_tokens=4, temperature=0.8 * (number % 2), logprobs=2, ignore_eos=True
+            max_tokens=3, temperature=0.8 * (number % 2), logprobs=2, ignore_eos=True
         )
         requests.append(
             Request(request_id=f"r{number}", prompt_ids=tuple(prompt), sampling=sampling, seed=9)

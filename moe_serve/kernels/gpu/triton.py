@@ -7,9 +7,11 @@ products wrongly, and cuts off where a GPU rounds to the nearest (docs/log.md); 
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +26,42 @@ import triton.language as tl  # noqa: E402
 from moe_serve.kernels.gpu.numerics import Numerics  # noqa: E402
 
 
+def _patch_once(interpreter) -> None:
+    """Let a launch give Triton's language its interpreted functions once, not at each call within.
+
+    The interpreter does so for every function that a kernel calls, which took longer than the calls
+    themselves, and puts back only what the launch itself replaced.
+    """
+    patch = interpreter._patch_lang
+    launch: list[Any] = []  # what the launch that runs, if one does, has replaced
+    done: list[Any] = []  # in these modules
+
+    @functools.cache
+    def languages(function):
+        tl, core = interpreter.tl, interpreter.tl.core
+        return [m for m in function.__globals__.values() if m is tl or m is core]
+
+    class Launch:
+        def restore(self) -> None:
+            done.clear()
+            while launch:
+                launch.pop().restore()
+
+    def patch_once(function):
+        is_launch, needed = not launch, languages(function)
+        if is_launch or any(module not in done for module in needed):
+            launch.append(patch(function))
+            done.extend(needed)
+        return Launch() if is_launch else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+
+
 def _mend_interpreter() -> None:
-    """Let Triton's interpreter run what its compiler runs."""
+    """Let Triton's interpreter run what its compiler runs, without beginning again at each call."""
     from triton.runtime import interpreter  # which a GPU does not need
 
+    _patch_once(interpreter)
     # it computes with NumPy, which warns where a GPU says inf or NaN: of what is not used, too
     for says in ("overflow", "invalid value", "divide by zero"):
         warnings.filterwarnings("ignore", f"{says} encountered", RuntimeWarning)

@@ -27,7 +27,7 @@ def _small_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("model_type", "num_layers", "dtype", "slots"),
     [
-        ("qwen2", 2, torch.float32, None),
+        ("qwen2", 1, torch.float32, None),
         ("qwen2_moe", 1, torch.bfloat16, None),
         ("qwen3_moe", 2, torch.float32, 3),
     ],
