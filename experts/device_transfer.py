@@ -128,6 +128,15 @@ class DeviceTransfers(TransferBooks[_Upload]):
         ended, self._ended = self._ended, []
         return [one.transfer for one in ended]
 
+    def forget(self) -> None:
+        for lane in (self._urgent, self._usual):
+            lane.stream.record().wait()
+            lane.parts.clear()
+        if self._ahead is not None:
+            self._ahead.forget()
+        self._guesses.clear()
+        self._forget_all()
+
     def close(self) -> None:
         self._is_open = False
         while self._guesses:

@@ -180,6 +180,11 @@ class NativeTransfers:
         self._count(self._handle, ctypes.addressof(self._counts))
         return int(self._counts[1])
 
+    def forget(self) -> None:
+        while self.is_busy:
+            self.ended(wait=True)
+        self.ended()
+
     def close(self) -> None:
         if self._is_open:
             self._is_open = False

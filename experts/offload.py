@@ -137,7 +137,7 @@ class OffloadedExperts:
                 self._tell_hits(len(self._model_layers))
                 if self.recorder is not None and batch.num_seqs:
                     self.recorder.add(self._step, batch, self._notes)
-        except MoeServeError:
+        except (MoeServeError, torch.OutOfMemoryError):  # of a kernel's: the books agree
             raise
         except BaseException:  # an interrupt, anywhere: the books may not agree
             self._is_broken = True
@@ -478,11 +478,7 @@ class OffloadedExperts:
 
     def _begin_anew(self) -> None:
         """Empty all slots: it costs misses, and nothing else."""
-        for layer, expert in self.cache.under_way():
-            self.queue.give_up(layer, expert)
-        while self.queue.is_busy:
-            self.queue.ended(wait=True)
-        self.queue.ended()  # what ended before, too, is of slots that are free now
+        self.queue.forget()
         self.cache.clear()
         self._is_broken = False
 

@@ -9,6 +9,7 @@ it: hits, misses and who leaves are what they would be without.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ _LEAST_PLACES = 2
 _NEARLY_ALL = 0.9
 
 _Key = tuple[int, int]
+
+logger = logging.getLogger(__name__)
 
 
 def default_places(shape: CacheShape, record_bytes: int) -> int:
@@ -72,16 +75,17 @@ class ReadAhead:
 
         record_of(layer, expert): uint8, pinned; nothing ever changes it.
         """
+        self._streams = streams
         self._stream = streams.stream()
         self._record_of = record_of
         self._memory = places
-        now = streams.current().record()
-        self._free = [Place(memory, memory, now) for memory in places]
+        self._free: list[Place] = []
         self._held: dict[_Key, Place] = {}
         self._event: CacheEvent | None = None  # the one that was followed last
         self.num_copied = 0
         self.num_used = 0
         self.unused = np.zeros(num_layers, np.int64)
+        self.forget()
 
     @property
     def num_places(self) -> int:
@@ -122,8 +126,8 @@ class ReadAhead:
         for key in next_keys:
             if not self._free:
                 return
-            if key not in self._held:
-                self._copy(key)
+            if key not in self._held and not self._has_copied(key):
+                return
 
     def held(self, layer: int) -> set[int]:
         """Return the experts of a layer that are here, or on their way."""
@@ -152,16 +156,29 @@ class ReadAhead:
             "unused": int(self.unused.sum()),
         }
 
+    def forget(self) -> None:
+        """Wait until nothing is on its way, and hold nothing: nobody reads a place any more."""
+        self._stream.record().wait()
+        now = self._streams.current().record()
+        self._held.clear()
+        self._free = [Place(memory, memory, now) for memory in self._memory]
+
     def close(self) -> None:
         """Wait until nothing is on its way any more."""
         self._stream.record().wait()
 
-    def _copy(self, key: _Key) -> None:
-        source = self._record_of(*key)
+    def _has_copied(self, key: _Key) -> bool:
+        """Ask for a record; where that fails whoever needs it asks again, and is told."""
         place = self._free[-1]
-        self._stream.after(place.event)
-        place.record = place.memory[: source.shape[0]]
-        self._stream.copy(place.record, source)
-        place.event = self._stream.record()
+        try:
+            source = self._record_of(*key)
+            self._stream.after(place.event)
+            place.record = place.memory[: source.shape[0]]
+            self._stream.copy(place.record, source)
+            place.event = self._stream.record()
+        except Exception as error:
+            logger.warning("expert %d of MoE layer %d was not read ahead: %s", *key[::-1], error)
+            return False
         self._held[key] = self._free.pop()
         self.num_copied += 1
+        return True

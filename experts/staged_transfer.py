@@ -104,6 +104,14 @@ class StagedTransfers(TransferBooks[_Staged]):
         ended, self._ended = self._ended, []
         return [one.transfer for one in ended]
 
+    def forget(self) -> None:
+        self._reads.forget()
+        self._uploads.forget()
+        self._urgent.clear()
+        self._guesses.clear()
+        self._places = list(range(self._staging.shape[0]))
+        self._forget_all()
+
     def close(self) -> None:
         self._is_open = False
         self._reads.close()

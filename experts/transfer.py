@@ -124,6 +124,13 @@ class Transfers(Protocol):
         """Return how many transfers wait or run on a guess."""
         ...
 
+    def forget(self) -> None:
+        """Wait until nothing is written to a slot any more, and know of no transfer then.
+
+        For when an interrupt may have come between any two of the owner's lines, and its own.
+        """
+        ...
+
     def close(self) -> None:
         """Give up what waits, and wait for what runs."""
         ...
@@ -216,6 +223,11 @@ class TransferQueue:
     def num_guesses(self) -> int:
         with self._lock:
             return sum(not transfer.is_urgent for transfer in self._of_expert.values())
+
+    def forget(self) -> None:
+        while self.is_busy:
+            self.ended(wait=True)
+        self.ended()
 
     def close(self) -> None:
         with self._lock:

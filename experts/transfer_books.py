@@ -44,6 +44,11 @@ class TransferBooks(ABC, Generic[One]):
     def num_guesses(self) -> int:
         return self._num_guesses
 
+    def _forget_all(self) -> None:
+        self._of_expert.clear()
+        self._ended.clear()
+        self._num_guesses = 0
+
     @abstractmethod
     def _move_on(self) -> None:
         """Take note of what is done, and ask for more."""

@@ -133,7 +133,8 @@ class Engine:
         move_bytes: see `LockstepEngine`; there is nothing to move here.
         Where there is nothing but grammars to wait for, it waits GRAMMAR_WAIT_S at most.
         A step that cannot be run (out of memory, say) ends the outputs that took part in it with
-        an error, and all others go on. An interrupt loses nothing: its step is run again.
+        an error, and all others go on. An interrupt while the model runs loses nothing: its step is
+        run again. One that comes among the scheduler's books may: hold it back, as `LLM` does.
         """
         if self.scheduler.has_unfinished:
             self._refuse_if_closed()

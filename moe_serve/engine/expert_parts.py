@@ -216,12 +216,14 @@ class ExpertParts:
     def _on_device(self, cache: ExpertCache, link: float | None) -> tuple[dict[str, Tensor], _Tier]:
         """Put slots on a GPU, before records in host memory, or on disk where they do not fit."""
         if link is not None:
-            raise ConfigError("emulate_link stands for a GPU's link, and there is a GPU; leave out")
+            raise ConfigError(
+                "emulate_link stands for a GPU's link, and these are a GPU's kernels; leave it out"
+            )
         streams = gpu_streams(self._kernels.device)
         if self._is_held_by_host():
             return self._before_host(cache, streams)
         self._warn_of_split()
-        if self._config.experts.expert_stream_slots:
+        if self._config.experts.expert_stream_slots and self._residency.stream_slots:
             logger.warning(
                 "expert_stream_slots has no effect: the experts come from disk, which is slower "
                 "than the link"

@@ -107,24 +107,24 @@ def plan_residency(
     kv_bytes = None
     if slots is None:
         free = available - other_bytes - table_bytes(config, spec, max_model_len)
-        streamed = min(options.expert_stream_slots or 0, 2 * num_experts)
-        free -= streamed * slot_bytes
         kv_room = kv_room_bytes(config, spec, dtype)
         if num_held * slot_bytes <= free - kv_room:
             slots = len(layers) * most_held
-        elif _is_kv_given(config):
-            slots = max(0, int((free - kv_room) * _SHARE_OF_FREE)) // slot_bytes
         else:
-            demand = Demand(
-                chances=chances_of(uses, len(layers), num_experts, top_k),
-                slot_bytes=slot_bytes,
-                sequence_bytes=sequence_bytes(config, spec, dtype, max_model_len),
-                num_seqs=config.scheduler.max_num_seqs,
-                top_k=top_k,
-            )
-            found = divided(int(free * _SHARE_OF_FREE), demand)
-            slots = 0 if found is None else found[0] * len(layers)
-            kv_bytes = None if found is None else found[1]
+            free -= min(options.expert_stream_slots or 0, 2 * num_experts) * slot_bytes
+            if _is_kv_given(config):
+                slots = max(0, int((free - kv_room) * _SHARE_OF_FREE)) // slot_bytes
+            else:
+                demand = Demand(
+                    chances=chances_of(uses, len(layers), num_experts, top_k),
+                    slot_bytes=slot_bytes,
+                    sequence_bytes=sequence_bytes(config, spec, dtype, max_model_len),
+                    num_seqs=config.scheduler.max_num_seqs,
+                    top_k=top_k,
+                )
+                found = divided(int(free * _SHARE_OF_FREE), demand)
+                slots = 0 if found is None else found[0] * len(layers)
+                kv_bytes = None if found is None else found[1]
     if options.emulate_link is not None and share is not None:
         raise ConfigError("emulate_link measures one process; leave it out where there are ranks")
     if options.emulate_link is None and slots >= len(layers) * most_held:

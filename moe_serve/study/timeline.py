@@ -135,6 +135,11 @@ class VirtualLink:
     def num_guesses(self) -> int:
         return sum(not transfer.is_urgent for transfer in self._of_expert.values())
 
+    def forget(self) -> None:
+        while self.is_busy:
+            self.ended(wait=True)
+        self.ended()
+
     def close(self) -> None:
         """Nothing runs."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -247,6 +249,81 @@ def test_a_prompt_streams_with_the_next_copy_always_asked_for(is_warm: bool) -> 
             launched += len(launch)
         assert launched == num_misses
         harness.run(LAYERS[1], all_experts)
+    harness.compare()
+
+
+class InterruptedAt:
+    """Raises KeyboardInterrupt before one of the lines that transfers run, counted from here."""
+
+    FILES = ("device_transfer.py", "read_ahead.py", "transfer_books.py")
+
+    def __init__(self, line: int) -> None:
+        self._left = line
+
+    def __enter__(self) -> None:
+        sys.settrace(self._trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.endswith(self.FILES):
+            return None
+        if event == "line":
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+        return self._trace
+
+
+@pytest.mark.parametrize("kind", ["host", "late"])
+def test_an_interrupt_of_the_transfers_costs_misses_and_nothing_else(kind: str) -> None:
+    chance = random.Random(3)
+    num_interrupts = 0
+    for number in range(150):
+        harness = Harness(kind, 3, None, number, num_places=3)
+        assert harness.ahead is not None
+        for is_interrupted in (False, True, False, True, False, False):
+            num_tokens = chance.choice((1, 5, 30))
+            routings = {
+                layer: torch.tensor(
+                    [chance.sample(range(NUM_EXPERTS), TOP_K) for _ in range(num_tokens)]
+                )
+                for layer in LAYERS
+            }
+            for _ in range(2):
+                harness.guess(chance.randrange(len(LAYERS)), chance.randrange(NUM_EXPERTS))
+            if not is_interrupted:
+                harness.step(routings)
+                continue
+            try:
+                with InterruptedAt(chance.randrange(400)):
+                    harness.step(routings)
+            except KeyboardInterrupt:
+                num_interrupts += 1
+        harness.compare()
+        harness.experts.finish_loading()
+        ahead = harness.ahead
+        places = [place.memory.data_ptr() for place in (*ahead._free, *ahead._held.values())]
+        assert len(set(places)) == len(places) == ahead.num_places
+        harness.experts.close()
+    assert num_interrupts > 100
+
+
+def test_a_kernel_without_memory_leaves_the_cache_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness("host", num_slots=4, in_place=None)
+    harness.step(dict.fromkeys(LAYERS, ids_of(0, 1, 2, 3)))
+
+    def fail(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("no luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.experts, "_moe", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            harness.step(dict.fromkeys(LAYERS, ids_of(0, 1, 2, 5)))
+    misses = harness.cache.counters.misses.copy()
+    harness.step(dict.fromkeys(LAYERS, ids_of(0, 1)))
+    assert harness.cache.counters.misses.tolist() == misses.tolist()
     harness.compare()
 
 

@@ -85,6 +85,9 @@ class Queue:
     def num_guesses(self) -> int:
         return len(self.guesses)
 
+    def forget(self) -> None:
+        raise AssertionError("that is not for the prefetcher")
+
     def close(self) -> None:
         raise AssertionError("that is not for the prefetcher")
 

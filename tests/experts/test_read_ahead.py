@@ -81,6 +81,26 @@ def test_a_place_is_not_written_while_it_is_read_nor_read_before_it_is_whole(see
         assert set(copy.tolist()) == {expert}
 
 
+def test_what_cannot_be_read_ahead_is_read_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness = Harness("host", num_slots=4, in_place=None, num_places=3)
+    assert harness.ahead is not None
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(harness.ahead._stream, "copy", fail)
+    harness.step(dict.fromkeys(LAYERS, ALL))
+    assert "was not read ahead: no luck" in caplog.text
+    assert harness.ahead.report() == {"places": 3, "copied": 0, "used": 0, "unused": 0}
+    assert harness.num_over_link >= 2 * NUM_EXPERTS
+    monkeypatch.undo()
+    harness.step(dict.fromkeys(LAYERS, ALL))
+    assert harness.ahead.num_used > 0
+    harness.compare()
+
+
 def test_after_the_end_nothing_is_read_any_more() -> None:
     streams = LateStreams(is_still=True)
     ahead, records = ahead_of(streams)

@@ -92,10 +92,10 @@ class CudaGraphs:
                     work()
                 finally:
                     graph.capture_end()
-        except RuntimeError as error:
+        except BaseException as error:
             # a pool goes with its last graph, and nothing may be captured into one that is gone
             self._pool = _cuda.graph_pool_handle()
-            if _is_out_of_memory(error):
+            if isinstance(error, RuntimeError) and _is_out_of_memory(error):
                 raise CapacityError(f"no memory for a CUDA graph: {error}") from error
             raise
         captured: Graph = graph

@@ -49,10 +49,10 @@ class SlotTables:
         np.concatenate(self._of_layer, out=self._now)
         if np.array_equal(self._now, self._sent):
             return
-        self._sent[:] = self._now
         memory = self._outgoing.memory(self._now.nbytes)
         memory.numpy()[:] = self._now.view(np.uint8)
         self._outgoing.send(memory, self.flat.view(torch.uint8))
+        self._sent[:] = self._now  # at last: what has failed is sent again
 
     def are_missing(self, number: int, counts: Array) -> bool:
         """Whether an expert with pairs has no slot; counts: int64 [num_experts] of MoE layer."""

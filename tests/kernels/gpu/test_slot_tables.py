@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from moe_serve.errors import CapacityError
 from moe_serve.kernels.gpu.slot_tables import SlotTables
 from moe_serve.kernels.gpu.staging import Outgoing
 from moe_serve.kernels.moe.base import ExpertTable
@@ -37,6 +39,23 @@ def test_what_has_changed_is_sent_in_one_copy() -> None:
         streams.finish()
         for table, row in zip(tables.tables, cached, strict=True):
             assert table.slot_of_expert.tolist() == row.tolist()
+
+
+def test_what_could_not_be_sent_is_sent_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams, cached = LateStreams(), [np.full(3, -1, np.int32)]
+    tables = SlotTables(CPU, Outgoing(streams), _tables(cached))
+    cached[0][1] = 2
+
+    def fail(num_bytes: int) -> torch.Tensor:
+        raise CapacityError(f"{num_bytes} bytes cannot be pinned")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, "pinned", fail)
+        with pytest.raises(CapacityError):
+            tables.refresh()
+    tables.refresh()
+    streams.finish()
+    assert tables.tables[0].slot_of_expert.tolist() == [-1, 2, -1]
 
 
 def test_an_expert_is_missing_where_it_has_pairs_and_no_slot() -> None:
