@@ -61,7 +61,14 @@ def test_conformance_trace() -> None:
     assert (total["hits"], total["misses"]) == (12, 18)
 
 
-@pytest.mark.parametrize(("name", "batch"), list(TABLE))
+# with -m slow: the other batch of each trace
+QUICK = (("intent", 1), ("translation", 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [pytest.param(*key, marks=[] if key in QUICK else pytest.mark.slow) for key in TABLE],
+)
 def test_table_of_real_traces(shared_data: Path, name: str, batch: int) -> None:
     trace = read_trace(shared_data / "traces" / f"{name}.npz")
     steps = batched_steps(trace, batch)
