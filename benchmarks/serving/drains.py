@@ -172,11 +172,13 @@ async def _meanwhile(server: Served, drain: Drain, is_over: Callable[[], bool]) 
             exchange = await Exchange.begin(
                 server.port, "/v1/completions", {"prompt": [5], "max_tokens": 2}
             )
-            status = await exchange.head()
+            try:
+                status = await exchange.head()
+            finally:
+                exchange.close()
             if status == 503 and "retry-after" not in exchange.headers:
                 drain.faults.append("a 503 without Retry-After")
             drain.refused.append(str(status))
-            exchange.close()
         except OSError:
             drain.refused.append("connection")
         if not is_over():
